@@ -1,0 +1,1 @@
+"""The configs that ship, one YAML per choice."""

@@ -1,0 +1,1 @@
+"""One folder per documented trainer, each a LightningModule task."""

@@ -1,0 +1,66 @@
+"""Weights from a file into a network, without running code from the file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trainerkit.errors import UserError
+
+# Where a state dict may stand inside a .pt or .ckpt file: this project's checkpoints, chemomae's artifacts and trainer.
+_CONTAINERS = ("state_dict", "model")
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Copy the weights of a file into `network`, every one of them.
+
+    Args:
+        network: takes the weights.
+        path: .safetensors, or a .pt/.pth/.ckpt that `torch.load(weights_only=True)` reads; names may begin with
+            'network.', as in files that a run writes.
+
+    Raises:
+        UserError: if the file cannot be read, or names or shapes do not fit.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"weights={path}: there is no such file.")
+    state = {name.removeprefix("network."): tensor for name, tensor in _read(path).items()}
+    expected = network.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not in the network" for name in state if name not in expected]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, the network's {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            f"weights={path}: does not fit this network; give it the sizes and the decoder it was trained with:\n  "
+            + "\n  ".join(problems[:5]) + more
+        )  # fmt: skip
+    network.load_state_dict(state)
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"weights={path}: is not a safetensors file ({error}).") from error
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise many kinds for a file that is not what it says
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"weights={path}: cannot be read without running code from it ({reason}).") from error
+    for name in _CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"weights={path}: holds no state dict, that is names with tensors.")
+    return content

@@ -1,0 +1,229 @@
+"""The command line: `python -m trainerkit` and the console script `trainerkit`.
+
+Help, listings and errors about the config need neither torch nor Lightning, and do not import them.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trainerkit.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+    from omegaconf import DictConfig
+
+GROUPS = ("task", "data", "optimizer", "scheduler", "callbacks", "trainer", "logger", "experiment")
+
+# Hydra's flags that are handed on, and whether a value follows.
+_FLAGS = {"-m": False, "--multirun": False, "--resolve": False} | dict.fromkeys(
+    ("--cfg", "-c", "--package", "-p", "--info", "-i"), True
+)
+
+_USAGE = """\
+Usage: python -m trainerkit task=NAME [group=choice] [key=value] …      (also: trainerkit task=NAME …)
+"""
+
+_EXAMPLES = """\
+Examples
+  python -m trainerkit task=mae
+  python -m trainerkit task=mae optimizer.lr=5e-4 trainer.max_epochs=30 out_dir=runs/mine
+  python -m trainerkit -m task=mae task.network.latent_dim=16,64 seed=0,1
+
+Groups are chosen by group=choice, the same way for all of them. `callbacks` is a list: callbacks=[default,NAME] adds
+NAME, callbacks.NAME=null removes one; logger.csv=null and scheduler=null likewise. Any key of the config is set by its
+path, a.b.c=value.
+
+Keys     stage=fit|validate|test|predict   resume=auto|null|PATH   out_dir=FOLDER   seed=NUMBER
+Flags    -m, --multirun    every combination of comma-separated values
+         --cfg job         print the composed config and stop
+         --config-dir DIR  a folder of your own groups (DIR/task/mine.yaml is task=mine)
+         --help            this text
+         --version
+Trust    allow=PACKAGE     let configs build classes of another package"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 2 for what the user can put right, 128 + n after signal n."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _main(arguments)
+    except UserError as error:
+        print(f"trainerkit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ntrainerkit: stopped before training began; nothing to go on from.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _main(arguments: list[str]) -> None:
+    if "--version" in arguments:
+        from trainerkit import __version__
+
+        print(f"trainerkit {__version__}")
+        return
+    config_dir, arguments = _take_option(arguments, "--config-dir", "-cd")
+    if config_dir is not None and not os.path.isdir(config_dir):
+        raise UserError(f"--config-dir {config_dir}: there is no such folder.")
+    if {"--help", "-h"} & set(arguments):
+        _print_help(config_dir)
+        return
+    trusted, arguments = _take_allowed(arguments)
+    flags, overrides = _split(arguments)
+    if not arguments:
+        _print_tasks(config_dir)
+        return
+    if _run_as_child(trusted):
+        return
+    overrides = _with_overrides_of_run(overrides)
+    if not any(override.lstrip("+").startswith("task=") for override in overrides):
+        raise UserError("no task was chosen. Add task=NAME; `python -m trainerkit` lists them.")
+
+    from trainerkit.compose import compose_config
+
+    cfg = compose_config(overrides, config_dir)
+    if flags:
+        _hand_to_hydra(flags, overrides, config_dir, trusted)
+    else:
+        _run(cfg, overrides, trusted)
+
+
+def _run(cfg: "DictConfig", overrides: list[str], trusted: list[str]) -> None:
+    from trainerkit.plugins import AllowList
+    from trainerkit.run import run
+
+    run(cfg, overrides, AllowList(trusted))
+
+
+def _run_as_child(trusted: list[str]) -> bool:
+    """In a process that Lightning started for another device: run the config that the first process resolved."""
+    from trainerkit.plugins import AllowList
+
+    path = os.environ.get("TRAINERKIT_RESOLVED_CONFIG")
+    if path is None or os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    from omegaconf import OmegaConf
+
+    from trainerkit.run import run
+
+    cfg = OmegaConf.load(path)
+    run(cfg, [], AllowList(trusted))  # type: ignore[arg-type]
+    return True
+
+
+def _hand_to_hydra(flags: list[str], overrides: list[str], config_dir: str | None, trusted: list[str]) -> None:
+    """Sweeps and the flags that print configs are Hydra's own."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from trainerkit.compose import CONFIG_MODULE, CONFIG_NAME
+    from trainerkit.plugins import register_search_path
+
+    def job(cfg: "DictConfig") -> float | None:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            cfg.out_dir = os.path.join(cfg.out_dir, str(HydraConfig.get().job.num))
+        from trainerkit.plugins import AllowList
+        from trainerkit.run import run
+
+        metrics = run(cfg, list(HydraConfig.get().overrides.task), AllowList(trusted))
+        # What a sweeper that optimizes minimizes.
+        return metrics.get("val/loss")
+
+    register_search_path(config_dir)
+    sys.argv = [sys.argv[0], *flags, *overrides]
+    hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")(job)()
+
+
+def _with_overrides_of_run(overrides: list[str]) -> list[str]:
+    """To evaluate a run, begin with what it was trained with: `stage=test out_dir=runs/mae/…` is enough."""
+    given = dict(override.partition("=")[::2] for override in overrides)
+    if given.get("stage", "fit") == "fit" or "out_dir" not in given:
+        return overrides
+    path = os.path.join(os.path.expanduser(given["out_dir"]), "overrides.txt")
+    if not os.path.exists(path):
+        return overrides
+    with open(path, encoding="utf-8") as file:
+        before = [line.strip() for line in file if line.strip()]
+    replaced = {*given, "stage", "resume", "out_dir"}
+    kept = [override for override in before if override.partition("=")[0] not in replaced]
+    if kept:
+        print(f"trainerkit: with the run's own {' '.join(kept)}")
+    return [*kept, *overrides]
+
+
+def _take_option(arguments: list[str], *names: str) -> tuple[str | None, list[str]]:
+    value, rest = None, []
+    waiting = False
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if waiting:
+            value, waiting = argument, False
+        elif name in names:
+            value, waiting = (text, False) if equals else (None, True)
+        else:
+            rest.append(argument)
+    if waiting:
+        raise UserError(f"{names[0]}: needs a folder after it.")
+    return value, rest
+
+
+def _take_allowed(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """`allow=` is not a config key: no config file may say what is trusted."""
+    trusted = [name for a in arguments if a.startswith("allow=") for name in a.removeprefix("allow=").strip("[]").split(",")]
+    return trusted, [argument for argument in arguments if not argument.startswith("allow=")]
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags with their values, and the overrides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    waiting = False
+    for argument in arguments:
+        if waiting or argument.startswith("-"):
+            if not waiting and argument.partition("=")[0] not in _FLAGS:
+                raise UserError(f"{argument}: there is no such flag; see python -m trainerkit --help.")
+            flags.append(argument)
+            waiting = not waiting and _FLAGS[argument.partition("=")[0]] and "=" not in argument
+        elif "=" in argument or argument.startswith("~"):
+            overrides.append(argument)
+        else:
+            hint = f"did you mean task={argument}? See python -m trainerkit --help."
+            raise UserError(f"{argument}: must be key=value; {hint}")
+    return flags, overrides
+
+
+def _print_tasks(config_dir: str | None) -> None:
+    from trainerkit.compose import choices, config_loader, summary
+
+    with config_loader(config_dir) as loader:
+        print("Tasks")
+        for name in choices(loader, "task"):
+            print(f"  {name:<16} {summary(loader, 'task', name)}")
+    print("\nStart one by   python -m trainerkit task=NAME\nAll the rest   python -m trainerkit --help")
+
+
+def _print_help(config_dir: str | None) -> None:
+    from trainerkit.compose import choices, config_loader
+
+    with config_loader(config_dir) as loader:
+        print(_USAGE)
+        print("Groups and their choices")
+        for group in GROUPS:
+            print(_wrapped(f"  {group:<11} ", _visible(loader, group, choices(loader, group))))
+    print(f"\n{_EXAMPLES}")
+
+
+def _visible(loader: "ConfigLoader", group: str, names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith("_")]
+
+
+def _wrapped(label: str, words: list[str], width: int = 118) -> str:
+    import textwrap
+
+    return textwrap.fill(", ".join(words), width, initial_indent=label, subsequent_indent=" " * len(label))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""From command-line overrides to a config, with every misspelling answered by the nearest right word."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainerkit.errors import UserError
+from trainerkit.plugins import register_search_path
+
+CONFIG_MODULE = "trainerkit.configs"
+CONFIG_NAME = "train"
+
+
+def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:
+    """Compose `configs/train.yaml` with `overrides`.
+
+    Args:
+        overrides: Hydra overrides, as on the command line. Of a sweep (`a=1,2`) the first value is taken.
+        config_dir: a folder of the user's own config groups, or None.
+
+    Returns:
+        The composed config; interpolations are not resolved yet.
+
+    Raises:
+        UserError: for a misspelt group, choice or key (with the nearest right ones), or a malformed override.
+    """
+    with config_loader(config_dir) as loader:
+        try:
+            parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
+        except HydraException as error:
+            raise UserError(_first_lines(error)) from error
+        groups = set(_groups(loader))
+        for override in parsed:
+            _check_group(override, groups, loader)
+        chosen = [_single(override) for override in parsed]
+        _check_keys(parsed, chosen, groups)
+        try:
+            return compose(CONFIG_NAME, overrides=chosen)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_first_lines(error)) from error
+
+
+class config_loader:  # noqa: N801 - reads as a context manager, like open()
+    """Context manager around Hydra's global state: gives the loader that lists groups and choices."""
+
+    def __init__(self, config_dir: str | None = None) -> None:
+        self._config_dir = config_dir
+
+    def __enter__(self) -> ConfigLoader:
+        register_search_path(self._config_dir)
+        self._hydra = initialize_config_module(CONFIG_MODULE, version_base="1.3")
+        self._hydra.__enter__()
+        return GlobalHydra.instance().config_loader()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hydra.__exit__(*exception)
+
+
+def choices(loader: ConfigLoader, group: str) -> list[str]:
+    """The names that `group=` takes, in alphabetical order."""
+    return sorted(loader.get_group_options(group, results_filter=ObjectType.CONFIG))
+
+
+def summary(loader: ConfigLoader, group: str, choice: str) -> str:
+    """The first comment line of a config: what this choice is, in one line."""
+    assert isinstance(loader, ConfigLoaderImpl)
+    for element in loader.config_search_path.get_path():
+        text = _read_config(element.path, f"{group}/{choice}.yaml")
+        if text is not None:
+            lines = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+            return next((line for line in lines if not line.startswith("@")), "")
+    return ""
+
+
+def _read_config(root: str | None, name: str) -> str | None:
+    from importlib import resources
+    from pathlib import Path
+
+    scheme, _, place = (root or "").partition("://")
+    if scheme == "pkg":
+        file = resources.files(place).joinpath(name)
+    elif scheme == "file":
+        file = Path(place) / name
+    else:
+        return None
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
+    for name in loader.list_groups(parent):
+        group = f"{parent}/{name}" if parent else name
+        yield group
+        yield from _groups(loader, group)
+
+
+def _check_group(override: Override, groups: set[str], loader: ConfigLoader) -> None:
+    group = override.key_or_group
+    if group not in groups or override.is_delete() or override.is_hydra_override():
+        return
+    allowed = choices(loader, group)
+    for value in _chosen(override):
+        if value is not None and value not in allowed:
+            raise UserError(
+                f"{group}={value}: there is no such choice. {did_you_mean(str(value), allowed)}\n"
+                f"{group} takes: {', '.join(allowed)}"
+            )
+
+
+def _chosen(override: Override) -> Iterator[Any]:
+    """Every choice that an override of a group names: one, a list, or the values of a sweep."""
+    if override.is_sweep_override():
+        for text in override.sweep_string_iterator():
+            yield from str(text).strip("[]").split(",")
+        return
+    value = override.value()
+    yield from value if isinstance(value, list) else [value]
+
+
+def _single(override: Override) -> str:
+    """The override as text, or the first of a sweep's."""
+    text = str(override.input_line)
+    if not override.is_sweep_override():
+        return text
+    return f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+
+
+def _check_keys(parsed: list[Override], chosen: list[str], groups: set[str]) -> None:
+    """Every key that is overridden must be there once the groups are chosen; `+key=` adds on purpose."""
+
+    def is_choice(override: Override) -> bool:
+        return override.key_or_group in groups or override.is_hydra_override()
+
+    values = [override for override in parsed if not is_choice(override)]
+    if not values:
+        return
+    tops = {group.partition("/")[0] for group in groups}
+    try:
+        config = compose(CONFIG_NAME, overrides=[text for o, text in zip(parsed, chosen, strict=True) if is_choice(o)])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_first_lines(error)) from error
+    keys = list(_keys(config))
+    for override in values:
+        key = override.key_or_group
+        if override.is_add() or override.is_force_add() or key in keys:
+            continue
+        raise UserError(f"{key}: there is no such key. {_suggestion(key, config, [*keys, *tops])}")
+
+
+def _suggestion(key: str, config: DictConfig, keys: list[str]) -> str:
+    """The nearest keys; failing that, what stands beside the part of the key that is right."""
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    beside = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    prefix = f"{parent}." if parent else ""
+    near = [prefix + name for name in _near(last, beside)]
+    near += [name for name in _near(key, keys) if name not in near]
+    near += [name for name in keys if name.rpartition(".")[2] == last and name not in near]
+    if near:
+        return f"Did you mean {_or(near[:4])}?"
+    listing = f" {parent or 'At the top'} has: {', '.join(beside)}." if beside else ""
+    return f"{listing} To add a new key, write +{key}=…".strip()
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """'Did you mean a or b?', or nothing if nothing is near."""
+    near = _near(given, list(allowed))
+    return f"Did you mean {_or(near)}?" if near else ""
+
+
+def _near(given: str, allowed: list[str]) -> list[str]:
+    return difflib.get_close_matches(given, allowed, n=3, cutoff=0.6)
+
+
+def _or(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config, interpolations unresolved."""
+    if not isinstance(node, DictConfig):
+        return
+    for name in node:
+        key = f"{prefix}{name}"
+        yield key
+        child = None if OmegaConf.is_missing(node, name) else node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            yield from _keys(child, f"{key}.")
+
+
+def _first_lines(error: Exception) -> str:
+    """Hydra's own message without its search path listing and stack."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return "\n".join(lines[:6])

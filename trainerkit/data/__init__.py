@@ -1,0 +1,7 @@
+"""Data modules of the default runs, one file per data set, and the loader they share."""
+
+from trainerkit.data.indian_pines import IndianPines
+from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches
+from trainerkit.data.spectra import SpectraData, snv
+
+__all__ = ["ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SpectraData", "snv"]

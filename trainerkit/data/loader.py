@@ -1,0 +1,186 @@
+"""Batches of arrays in one indexing each, in an order that depends on seed and epoch alone.
+
+torch's default loader asks a map-style data set for one sample at a time and stacks them. Where the data are arrays, in
+memory or memory-mapped, one fancy index per batch does the same. The order is a permutation drawn from (seed, epoch):
+it moves no global random state, is the same for any number of processes, and a run resumes in the middle of an epoch
+by skipping ahead in O(1).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+Batch = dict[str, Tensor]
+Source = Tensor | NDArray[Any]
+
+
+class ArrayDataset(Dataset[Batch]):
+    """Rows of named arrays; indexing with a tensor of positions gives a whole batch.
+
+    Args:
+        arrays: tensors or NumPy arrays (memory-mapped ones too) with the same number of rows.
+        rows: which rows belong to this data set, (n,) int64; None for all.
+        transform: applied to each batch.
+
+    A batch holds one tensor per array, and `index`: the row numbers in the arrays, (B,) int64.
+
+    Raises:
+        ValueError: if the arrays differ in length, or there is no row.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Source],
+        rows: Tensor | None = None,
+        transform: Callable[[Batch], Batch] | None = None,
+    ) -> None:
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"arrays={lengths}: must all have the same number of rows")
+        self.arrays = dict(arrays)
+        self.rows = torch.arange(next(iter(lengths.values()))) if rows is None else rows
+        self.transform = transform
+        if len(self.rows) == 0:
+            raise ValueError("rows=0: a data set needs at least one row")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor | int) -> Batch:
+        rows = self.rows[index]
+        batch = {name: _take(array, rows) for name, array in self.arrays.items()}
+        batch["index"] = rows
+        return batch if self.transform is None else self.transform(batch)
+
+
+def _take(array: Source, rows: Tensor) -> Tensor:
+    if isinstance(array, Tensor):
+        return array[rows]
+    taken = np.asarray(array[rows.numpy()])
+    return torch.from_numpy(taken) if taken.dtype.isnative else torch.from_numpy(taken.astype(taken.dtype.newbyteorder("=")))
+
+
+class EpochBatches(DistributedSampler[Tensor]):
+    """Positions of one epoch in batches, this process's share of them.
+
+    Batch k of all processes together is batch k of a single process with the summed batch size. A subclass of
+    `DistributedSampler`, so that Lightning sets the epoch and adds no sampler of its own.
+
+    Args:
+        length: samples in the data set.
+        batch_size: samples a batch and process.
+        shuffle: draw a new permutation each epoch, from (seed, epoch); False keeps the order of the rows.
+        seed: of the permutations.
+        even: repeat a few samples so that every process has the same number of batches, as training needs; for
+            evaluation False, where each sample counts once.
+        num_replicas: number of processes.
+        rank: of this process.
+
+    Raises:
+        ValueError: for a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        even: bool = True,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be 1 or more")
+        super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.batch_size = batch_size
+        self.length = length
+        self.even = even
+        self.start = 0  # batches to skip, once, at the beginning of the next iteration
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        start, self.start = self.start, 0
+        mine = self._order()[self.rank :: self.num_replicas]
+        for position in range(start * self.batch_size, len(mine), self.batch_size):
+            yield mine[position : position + self.batch_size]
+
+    def __len__(self) -> int:
+        return -(-self._share() // self.batch_size)
+
+    def _order(self) -> Tensor:
+        if self.shuffle:
+            # Seed and epoch are mixed, or epoch 1 of seed 0 would be epoch 0 of seed 1.
+            mixed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0] >> 1)
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mixed))
+        else:
+            order = torch.arange(self.length)
+        missing = -self.length % self.num_replicas if self.even else 0
+        return torch.cat([order, order[:missing]]) if missing else order
+
+    def _share(self) -> int:
+        if self.even:
+            return -(-self.length // self.num_replicas)
+        return len(range(self.rank, self.length, self.num_replicas))
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A DataLoader over `EpochBatches` that knows its position, so that a checkpoint in mid-epoch can be resumed.
+
+    Lightning saves and restores `state_dict()` of the training loader with the loop's counters.
+
+    Args:
+        dataset: takes a tensor of positions.
+        batches: the order.
+        num_workers: processes that read ahead; 0 is fastest for data in memory.
+        pin_memory: copy batches to pinned memory, for CUDA.
+
+    Raises:
+        ValueError: on resuming in mid-epoch with another batch size.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Batch], batches: EpochBatches, *, num_workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        # With a generator of its own the loader draws its workers' base seed from there, not from the global state.
+        super().__init__(
+            dataset,
+            sampler=batches,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+            persistent_workers=num_workers > 0,
+        )
+        self._batches = batches
+        self._given = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # A generator starts at its first next(): after Lightning has set the sampler's epoch, workers or not.
+        self._given = self._batches.start
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches given in this epoch, 0 once it is over."""
+        return {"batches": self._given % len(self), "batch_size": self._batches.batch_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration after the batches that were given before."""
+        if state["batches"] and state["batch_size"] != self._batches.batch_size:
+            raise ValueError(
+                f"batch_size={self._batches.batch_size}: the checkpoint stands in the middle of an epoch with batches "
+                f"of {state['batch_size']}; resume with that size, or from the end of an epoch"
+            )
+        self._batches.start = state["batches"]
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,204 @@
+"""Parameter groups for weight decay, and the schedules that torch does not have.
+
+Every schedule counts optimizer steps, and is a factor on each group's own learning rate.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,
+)
+_TOKEN_WORDS = ("token", "pos_embed", "embedding")
+
+
+def decays(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+    """Whether weight decay applies to a parameter: not to biases, norms, embeddings and learned tokens.
+
+    Args:
+        name: its full name.
+        parameter: the parameter itself.
+        owner: the module that holds it directly.
+
+    Returns:
+        False for any parameter with fewer than two dimensions (biases, norm weights, scales), for all parameters of
+        norm and `nn.Embedding` modules, and for bare parameters whose own name contains 'token', 'pos_embed' or
+        'embedding' (class and mask tokens, learned positions). True for everything else.
+    """
+    own_name = name.rpartition(".")[2]
+    if parameter.ndim < 2 or own_name.endswith("bias"):
+        return False
+    if isinstance(owner, (*_NORMS, nn.Embedding, nn.EmbeddingBag)):
+        return False
+    return not any(word in own_name for word in _TOKEN_WORDS)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split a module's trainable parameters into those that decay and those that do not.
+
+    Args:
+        module: its parameters are taken once each, tied ones too, in the order of `named_parameters()`.
+        weight_decay: the decay of the first group; the second has 0.
+
+    Returns:
+        One or two groups, empty ones left out.
+
+    Raises:
+        ValueError: if nothing is trainable.
+    """
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            (decay if decays(name, parameter, owner) else keep).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("module: has no trainable parameter; at least one needs requires_grad=True")
+    return groups
+
+
+def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module, *, allow_fused: bool = True) -> Optimizer:
+    """Finish an optimizer partial: give it parameter groups, and its fused kernel where that is right.
+
+    Args:
+        factory: an optimizer class, or a `functools.partial` of one; its `weight_decay` applies by `decays`.
+        module: what to optimize.
+        allow_fused: False under fp16 loss scaling: fused optimizers unscale by themselves, so gradients could not be
+            clipped before the step.
+
+    Returns:
+        The optimizer. `fused` is switched on where the class has it, the partial leaves it at None, and all
+        parameters are floating point on one kind of device.
+    """
+    given = dict(getattr(factory, "keywords", {}))
+    known = inspect.signature(factory).parameters
+    weight_decay = given.get("weight_decay", _default(known, "weight_decay"))
+    groups = parameter_groups(module, weight_decay) if weight_decay is not None else [
+        {"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}
+    ]
+    chosen_otherwise = any(given.get(name) for name in ("foreach", "capturable", "differentiable"))
+    extra: dict[str, Any] = {}
+    if "fused" in known and given.get("fused") is None and not chosen_otherwise:
+        kinds = {parameter.device.type for group in groups for parameter in group["params"]}
+        extra["fused"] = allow_fused and kinds in ({"cpu"}, {"cuda"})
+    return factory(groups, **extra)
+
+
+def make_scheduler(
+    factory: Callable[..., LRScheduler], optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int
+) -> LRScheduler:
+    """Finish a scheduler partial: the lengths that only the trainer knows are filled in where they were left open.
+
+    Args:
+        factory: a scheduler class or function, or a partial of one.
+        optimizer: what it schedules.
+        total_steps: optimizer steps of the whole run; fills `total_steps` and `T_max` if the factory has them as None.
+        steps_per_epoch: optimizer steps of an epoch; fills `steps_per_epoch` likewise.
+
+    Returns:
+        The scheduler, to be stepped once per optimizer step.
+    """
+    given = dict(getattr(factory, "keywords", {}))
+    known = inspect.signature(factory).parameters
+    lengths = {"total_steps": total_steps, "T_max": total_steps, "steps_per_epoch": steps_per_epoch}
+    extra = {name: value for name, value in lengths.items() if name in known and given.get(name) is None}
+    return factory(optimizer, **extra)
+
+
+def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, min_lr_scale: float) -> float:
+    """Linear warm-up, then half a cosine down to `min_lr_scale`, with s the step, W the warm-up and T the total.
+
+    (s+1)/W while s < W, then m + ½(1−m)(1 + cos πt) with t = min(1, (s−W)/(T−W)).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return min_lr_scale + 0.5 * (1 - min_lr_scale) * (1 + math.cos(math.pi * progress))
+
+
+def warmup_linear_factor(step: int, warmup_steps: int, total_steps: int, min_lr_scale: float) -> float:
+    """Linear warm-up as in `warmup_cosine_factor`, then a straight line down to `min_lr_scale`: m + (1−m)(1−t)."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return min_lr_scale + (1 - min_lr_scale) * (1 - progress)
+
+
+def warmup_cosine(
+    optimizer: Optimizer,
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    warmup_epochs: float = 1.0,
+    warmup_steps: int | None = None,
+    min_lr_scale: float = 0.0,
+) -> LambdaLR:
+    """Warm-up and cosine decay, `warmup_cosine_factor` on every group's learning rate.
+
+    Args:
+        optimizer: what to schedule.
+        total_steps: optimizer steps of the run; a Task fills it in.
+        steps_per_epoch: optimizer steps of an epoch, needed for `warmup_epochs`; a Task fills it in.
+        warmup_epochs: length of the warm-up in epochs, 1 by default; fractions are allowed. Rounded down to steps.
+        warmup_steps: length of the warm-up in steps; wins over `warmup_epochs`.
+        min_lr_scale: the factor at the end, from 0 to 1.
+
+    Raises:
+        ValueError: for a factor outside [0, 1], a negative warm-up, or a length that is still open.
+    """
+    return _warmup(warmup_cosine_factor, optimizer, total_steps, steps_per_epoch, warmup_epochs, warmup_steps, min_lr_scale)
+
+
+def warmup_linear(
+    optimizer: Optimizer,
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    warmup_epochs: float = 1.0,
+    warmup_steps: int | None = None,
+    min_lr_scale: float = 0.0,
+) -> LambdaLR:
+    """Warm-up and linear decay, `warmup_linear_factor` on every group's learning rate; arguments as `warmup_cosine`."""
+    return _warmup(warmup_linear_factor, optimizer, total_steps, steps_per_epoch, warmup_epochs, warmup_steps, min_lr_scale)
+
+
+def _warmup(
+    factor: Callable[[int, int, int, float], float],
+    optimizer: Optimizer,
+    total_steps: int | None,
+    steps_per_epoch: int | None,
+    warmup_epochs: float,
+    warmup_steps: int | None,
+    min_lr_scale: float,
+) -> LambdaLR:
+    if not 0 <= min_lr_scale <= 1:
+        raise ValueError(f"min_lr_scale={min_lr_scale}: must be from 0 to 1")
+    if warmup_epochs < 0:
+        raise ValueError(f"warmup_epochs={warmup_epochs}: must be 0 or more")
+    if warmup_steps is not None and warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps}: must be 0 or more, or null to use warmup_epochs")
+    if total_steps is None or total_steps < 1:
+        raise ValueError(f"total_steps={total_steps}: must be 1 or more; set trainer.max_epochs or trainer.max_steps")
+    if warmup_steps is None:
+        if warmup_epochs and steps_per_epoch is None:
+            raise ValueError(f"warmup_epochs={warmup_epochs}: needs steps_per_epoch as well, or give warmup_steps")
+        warmup_steps = int(warmup_epochs * (steps_per_epoch or 0))
+    length, warmup = total_steps, warmup_steps
+    return LambdaLR(optimizer, lambda step: factor(step, warmup, length, min_lr_scale))
+
+
+def _default(known: Mapping[str, inspect.Parameter], name: str) -> Any:
+    return known[name].default if name in known else None
+

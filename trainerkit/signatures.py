@@ -1,0 +1,89 @@
+"""What a class or function takes, and whether a value from YAML fits it."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The named parameters of a class or function, with annotations resolved.
+
+    A constructor that passes `**kwargs` on to its base class has the base's parameters as well.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    functions = [target] if not isinstance(target, type) else [c.__init__ for c in target.__mro__ if "__init__" in vars(c)]  # type: ignore[misc]
+    for function in functions:
+        signature = inspect.signature(function)
+        hints = _hints(inspect.unwrap(function))
+        passes_on = False
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                passes_on = True
+            elif name != "self" and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+                found.setdefault(name, parameter.replace(annotation=hints.get(name, Any)))
+        if not passes_on:
+            break
+    return found
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    # Annotations may name things imported for type checkers only; such parameters are then not checked.
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value from YAML fits a type annotation; annotations that YAML cannot express always fit."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str or (isinstance(hint, type) and issubclass(hint, Path)):
+        return isinstance(value, str)
+    if origin is tuple:
+        return _fits_tuple(value, arguments)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, dict)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    return True
+
+
+def _fits_tuple(value: Any, arguments: tuple[Any, ...]) -> bool:
+    if not isinstance(value, list):
+        return False
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return all(fits(item, arguments[0]) for item in value)
+    return len(value) == len(arguments) and all(fits(item, hint) for item, hint in zip(value, arguments, strict=True))
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words for people: 'a whole number or null', 'one of mse, sse'."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(argument) for argument in arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)}: [{', '.join(describe(argument) for argument in arguments)}]"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list, each {describe(arguments[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    words |= {None: "null", type(None): "null"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))

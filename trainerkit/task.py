@@ -1,0 +1,178 @@
+"""Task: the LightningModule that trainerkit's tasks extend."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from trainerkit.optim import make_optimizer, make_scheduler
+
+OptimizerFactory = Callable[..., Optimizer]
+SchedulerFactory = Callable[..., LRScheduler]
+
+# Losses wait on the device until somebody wants them; this bounds how many.
+_MAX_PENDING = 1024
+
+
+class Task(LightningModule):
+    """A LightningModule that finishes optimizer and schedule partials, and tracks metrics without a cost per step.
+
+    A subclass writes `training_step` and, as it likes, `validation_step`, `test_step` and `predict_step`. In them
+    `self.track("train/loss", loss, weight=batch_size)` takes the place of `self.log`: the value stays on the device and
+    nothing else happens until a logger wants it. What comes out:
+
+    - `train/loss`: the mean over the epoch, weighted, the last smaller batch included; under DDP over all ranks.
+    - `train/loss_step`: the mean since the last log step, every `trainer.log_every_n_steps`, in the progress bar.
+    - `val/…`, `test/…`: the weighted mean over the whole evaluation, over all ranks.
+
+    Args:
+        optimizer: makes the optimizer from parameter groups; a class or a partial of one. Weight decay is left off
+            biases, norms, embeddings and tokens (`trainerkit.optim.decays`).
+        scheduler: makes the schedule from the optimizer, counted in optimizer steps; None keeps the rate constant.
+    """
+
+    def __init__(self, optimizer: OptimizerFactory = AdamW, scheduler: SchedulerFactory | None = None) -> None:
+        super().__init__()
+        self._optimizer_factory = optimizer
+        self._scheduler_factory = scheduler
+        self._meters: dict[str, _Meter] = {}
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and its schedule stepped once per optimizer step."""
+        allow_fused = self.trainer.precision != "16-mixed"
+        optimizer = make_optimizer(self._optimizer_factory, self, allow_fused=allow_fused)
+        if self._scheduler_factory is None:
+            return optimizer
+        total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == float("inf"):
+            raise ValueError(
+                "max_epochs=-1: a schedule needs to know the length of the run; set max_epochs or max_steps, "
+                "or take no scheduler"
+            )
+        batches = self.trainer.num_training_batches
+        steps_per_epoch = max(1, -(-int(batches) // self.trainer.accumulate_grad_batches))
+        scheduler = make_scheduler(
+            self._scheduler_factory, optimizer, total_steps=int(total_steps), steps_per_epoch=steps_per_epoch
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def track(
+        self, name: str, value: Tensor, weight: float = 1.0, reduction: Literal["mean", "sum"] = "mean"
+    ) -> None:
+        """Keep a scalar for its mean (or sum) over the epoch, without a copy to the host.
+
+        Args:
+            name: the metric, `stage/what`.
+            value: a scalar tensor; detached here.
+            weight: what it counts for in the mean, normally the number of samples.
+            reduction: 'sum' adds the values up instead, so that the epoch has the value of one single batch.
+        """
+        meter = self._meters.get(name)
+        if meter is None:
+            meter = self._meters[name] = _Meter(reduction)
+        meter.add(value.detach(), weight)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Hand over what the loggers want; a subclass that overrides this calls it."""
+        trainer = self.trainer
+        if trainer._logger_connector.should_update_logs:
+            for name, meter in self._meters.items():
+                if name.startswith("train/"):
+                    self.log(f"{name}_step", meter.window(), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._log_epoch("train/", on_step=False, on_epoch=True, batch_size=1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was tracked in validation."""
+        self._log_epoch("val/", prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was tracked in the test."""
+        self._log_epoch("test/")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """An epoch that is interrupted goes on with the sums it had."""
+        checkpoint["tracked"] = {
+            name: meter.state() for name, meter in self._meters.items() if name.startswith("train/")
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the sums of an interrupted epoch back."""
+        for name, state in checkpoint.get("tracked", {}).items():
+            self._meters[name] = _Meter.from_state(state)
+
+    def _log_epoch(self, prefix: str, **options: Any) -> None:
+        for name in [name for name in self._meters if name.startswith(prefix)]:
+            self.log(name, self._meters.pop(name).result(self._sum_over_ranks), **options)
+
+    def _sum_over_ranks(self, values: list[float]) -> list[float]:
+        if self.trainer.world_size == 1:
+            return values
+        # MPS has no float64, and never more than one process.
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        reduced = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return [float(value) for value in reduced.tolist()]
+
+
+class _Meter:
+    """A weighted sum whose newest terms are still on the device.
+
+    Terms are added one after the other in Python floats, so that the sum does not depend on when they were collected.
+    """
+
+    def __init__(self, reduction: Literal["mean", "sum"]) -> None:
+        self.reduction = reduction
+        self._pending: list[Tensor] = []
+        self._weights: list[float] = []
+        self._sum = self._weight = 0.0
+        self._window_sum = self._window_weight = 0.0
+
+    def add(self, value: Tensor, weight: float) -> None:
+        self._pending.append(value)
+        self._weights.append(weight)
+        if len(self._pending) >= _MAX_PENDING:
+            self._collect()
+
+    def window(self) -> float:
+        """The mean since the last call."""
+        self._collect()
+        mean = self._window_sum / self._window_weight if self._window_weight else float("nan")
+        self._window_sum = self._window_weight = 0.0
+        return mean
+
+    def result(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> float:
+        """The mean or sum of everything."""
+        self._collect()
+        total, weight = sum_over_ranks([self._sum, self._weight])
+        if self.reduction == "sum":
+            return total
+        return total / weight if weight else float("nan")
+
+    def state(self) -> dict[str, Any]:
+        self._collect()
+        numbers = (self._sum, self._weight, self._window_sum, self._window_weight)
+        return {"reduction": self.reduction, "numbers": numbers}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "_Meter":
+        meter = cls(state["reduction"])
+        meter._sum, meter._weight, meter._window_sum, meter._window_weight = state["numbers"]
+        return meter
+
+    def _collect(self) -> None:
+        if not self._pending:
+            return
+        values = torch.stack(self._pending).tolist()  # the one copy to the host
+        for value, weight in zip(values, self._weights, strict=True):
+            term = value if self.reduction == "sum" else value * weight
+            self._sum += term
+            self._weight += weight
+            self._window_sum += term
+            self._window_weight += 1 if self.reduction == "sum" else weight
+        self._pending.clear()
+        self._weights.clear()
