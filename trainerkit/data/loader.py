@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 Batch = dict[str, Tensor]
 Source = Tensor | NDArray[Any]
@@ -65,11 +65,10 @@ def _take(array: Source, rows: Tensor) -> Tensor:
     return torch.from_numpy(taken) if taken.dtype.isnative else torch.from_numpy(taken.astype(taken.dtype.newbyteorder("=")))
 
 
-class EpochBatches(DistributedSampler[Tensor]):
+class EpochBatches(Sampler[Tensor]):
     """Positions of one epoch in batches, this process's share of them.
 
-    Batch k of all processes together is batch k of a single process with the summed batch size. A subclass of
-    `DistributedSampler`, so that Lightning sets the epoch and adds no sampler of its own.
+    Batch k of all processes together is batch k of a single process with the summed batch size.
 
     Args:
         length: samples in the data set.
@@ -98,13 +97,21 @@ class EpochBatches(DistributedSampler[Tensor]):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be 1 or more")
-        super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.batch_size = batch_size
         self.length = length
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
         self.even = even
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.epoch = 0
         self.start = 0  # batches to skip, once, at the beginning of the next iteration
 
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation; Lightning calls it before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Tensor]:
         start, self.start = self.start, 0
         mine = self._order()[self.rank :: self.num_replicas]
         for position in range(start * self.batch_size, len(mine), self.batch_size):
@@ -129,10 +136,11 @@ class EpochBatches(DistributedSampler[Tensor]):
         return len(range(self.rank, self.length, self.num_replicas))
 
 
-class BatchLoader(DataLoader[Batch]):
-    """A DataLoader over `EpochBatches` that knows its position, so that a checkpoint in mid-epoch can be resumed.
+class BatchLoader:
+    """A loader over `EpochBatches` that knows its position, so that a checkpoint in mid-epoch can be resumed.
 
-    Lightning saves and restores `state_dict()` of the training loader with the loop's counters.
+    Lightning saves and restores `state_dict()` of the training loader with the loop's counters. Not a subclass of
+    DataLoader, which Lightning would take apart to put other samplers in.
 
     Args:
         dataset: takes a tensor of positions.
@@ -147,10 +155,14 @@ class BatchLoader(DataLoader[Batch]):
     def __init__(
         self, dataset: Dataset[Batch], batches: EpochBatches, *, num_workers: int = 0, pin_memory: bool = False
     ) -> None:
+        self.dataset = dataset
+        self.sampler = batches  # by this name Lightning finds it, to set the epoch
+        self.batch_sampler = None  # Lightning looks there as well
+        self._given = 0
         # With a generator of its own the loader draws its workers' base seed from there, not from the global state.
-        super().__init__(
+        self._loader: DataLoader[Batch] = DataLoader(
             dataset,
-            sampler=batches,  # type: ignore[arg-type]
+            sampler=batches,
             batch_size=None,
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -158,28 +170,29 @@ class BatchLoader(DataLoader[Batch]):
             generator=torch.Generator(),
             persistent_workers=num_workers > 0,
         )
-        self._batches = batches
-        self._given = 0
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
         # A generator starts at its first next(): after Lightning has set the sampler's epoch, workers or not.
-        self._given = self._batches.start
-        for batch in super().__iter__():
+        self._given = self.sampler.start
+        for batch in self._loader:
             self._given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Batches given in this epoch, 0 once it is over."""
-        return {"batches": self._given % len(self), "batch_size": self._batches.batch_size}
+        return {"batches": self._given % len(self), "batch_size": self.sampler.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next iteration after the batches that were given before."""
-        if state["batches"] and state["batch_size"] != self._batches.batch_size:
+        if state["batches"] and state["batch_size"] != self.sampler.batch_size:
             raise ValueError(
-                f"batch_size={self._batches.batch_size}: the checkpoint stands in the middle of an epoch with batches "
+                f"batch_size={self.sampler.batch_size}: the checkpoint stands in the middle of an epoch with batches "
                 f"of {state['batch_size']}; resume with that size, or from the end of an epoch"
             )
-        self._batches.start = state["batches"]
+        self.sampler.start = state["batches"]
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.support import ToyModule, toy_trainer
+
+from trainerkit.callbacks import SavePredictions
+from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
+
+
+class Predicts(ToyModule):
+    def predict_step(self, batch, batch_idx):
+        return {"index": batch["index"], "twice": 2 * batch["x"]}
+
+
+def shuffled():
+    data = ArrayDataset({"x": torch.arange(10.0)[:, None]})
+    return BatchLoader(data, EpochBatches(10, 4, shuffle=True, seed=4))
+
+
+def test_rows_are_written_in_the_order_of_the_data(tmp_path):
+    callback = SavePredictions()
+    toy_trainer(tmp_path, [callback]).predict(Predicts(), shuffled(), return_predictions=False)
+    assert np.load(tmp_path / "predictions" / "twice.npy")[:, 0].tolist() == [2.0 * i for i in range(10)]
+    assert [path.name for path in callback.paths] == ["index.npy", "twice.npy"]
+
+
+def test_one_safetensors_file_holds_all_keys(tmp_path):
+    toy_trainer(tmp_path, [SavePredictions("safetensors")]).predict(Predicts(), shuffled(), return_predictions=False)
+    content = load_file(tmp_path / "predictions" / "predictions.safetensors")
+    assert content["twice"][:, 0].tolist() == [2.0 * i for i in range(10)]
+
+
+def test_rows_that_a_sampler_repeated_stand_once():
+    from trainerkit.callbacks.save_predictions import _in_order
+
+    rows = {"index": torch.tensor([2, 0, 1, 0]), "a": torch.tensor([20, 0, 10, 0])}
+    assert _in_order(rows)["a"].tolist() == [0, 10, 20]
+
+
+def test_a_step_that_returns_something_else_is_an_error(tmp_path):
+    class Wrong(ToyModule):
+        def predict_step(self, batch, batch_idx):
+            return batch["x"]
+
+    with pytest.raises(ValueError, match="must return a dict of tensors with 'index', got Tensor"):
+        toy_trainer(tmp_path, [SavePredictions()]).predict(Wrong(), shuffled())
+    with pytest.raises(ValueError, match="format=csv: must be npy or safetensors"):
+        SavePredictions("csv")

@@ -1,0 +1,100 @@
+"""What tests are made of: small data, small models, quiet trainers, the command line in a real process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ToyModule(LightningModule):
+    """Linear regression y = Xw with a validation loss; the same for every callback's test."""
+
+    def __init__(self, lr: float = 0.1, width: int = 4) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 1)
+        self.lr = lr
+        self.seen: list[Tensor] = []  # the weights of each validation
+
+    def loss(self, batch):
+        x, y = batch
+        return (self.layer(x)[:, 0] - y).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train/loss", loss, on_epoch=True, on_step=False)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(self.layer.weight.detach().clone())
+        self.log("val/loss", self.loss(batch))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def toy_loader(rows: int = 32, batch_size: int = 8, width: int = 4) -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, width, generator=generator)
+    y = x.sum(1) + 0.1 * torch.randn(rows, generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+def toy_trainer(folder: Path, callbacks=(), **options) -> Trainer:
+    options = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False} | options
+    options |= {"enable_model_summary": False, "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks)}
+    return Trainer(default_root_dir=folder, callbacks=list(callbacks), num_sanity_val_steps=0, **options)
+
+
+# A masked autoencoder small enough for a test: 400 spectra of 40 bands, 8 patches.
+SMALL_MAE = [
+    "task=mae",
+    "data=spectra",
+    "task.network.n_patches=8",
+    "task.network.n_mask=6",
+    "task.network.d_model=16",
+    "task.network.nhead=2",
+    "task.network.num_layers=1",
+    "task.network.dim_feedforward=32",
+    "task.network.decoder_dim=16",
+    "task.network.decoder_num_layers=1",
+    "task.network.latent_dim=4",
+    "data.batch_size=32",
+    "data.seed=3",
+    "trainer=cpu",
+    "trainer.max_epochs=3",
+    "trainer.log_every_n_steps=3",
+    "callbacks.progress_bar=null",
+]
+
+
+def smooth_spectra(rows: int = 400, bands: int = 40, seed: int = 5):
+    """Sums of a few smooth curves, so that hidden bands can be told from visible ones."""
+    generator = np.random.default_rng(seed)
+    place = np.linspace(0, 1, bands)
+    curves = np.stack([np.sin(2 * np.pi * (k * place + k / 3)) for k in range(1, 4)])
+    return (generator.normal(size=(rows, 3)) @ curves + 0.05 * generator.normal(size=(rows, bands))).astype("float32")
+
+
+def trainerkit(*arguments: str, cwd: Path, timeout: float = 180, env: dict[str, str] | None = None):
+    """Run `python -m trainerkit` in a real process; gives the CompletedProcess with text output."""
+    return subprocess.run(
+        [sys.executable, "-m", "trainerkit", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | (env or {}),
+        check=False,
+    )
