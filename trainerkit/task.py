@@ -41,6 +41,14 @@ class Task(LightningModule):
         self._scheduler_factory = scheduler
         self._meters: dict[str, _Meter] = {}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the running hook in this attribute some forty times a step; nn.Module's own way of setting
+        # attributes looks for parameters and modules first, which made up a fifth of a small step.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule stepped once per optimizer step."""
         allow_fused = self.trainer.precision != "16-mixed"
