@@ -16,9 +16,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from trainerkit.compose import did_you_mean
 from trainerkit.errors import UserError
-from trainerkit.extras import missing
+from trainerkit.extras import missing_in
 from trainerkit.plugins import AllowList
-from trainerkit.signatures import describe, fits, parameters
+from trainerkit.signatures import describe, fits, parameters, required
 
 _SPECIAL_KEYS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 
@@ -57,7 +57,8 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
         if "_target_" in node:
             yield key, node
         for name in node:
-            yield from _targets(node[name], f"{key}.{name}")
+            if not OmegaConf.is_missing(node, name):
+                yield from _targets(node[name], f"{key}.{name}")
     elif isinstance(node, ListConfig):
         for position, child in enumerate(node):
             yield from _targets(child, f"{key}[{position}]")
@@ -67,8 +68,11 @@ def _check_target(node: DictConfig, key: str, allow: AllowList, given: frozenset
     try:
         target = allow.resolve(str(node["_target_"]), key)
     except ImportError as error:
-        raise missing(error.name or str(error), key) from error
+        raise missing_in(error, key) from error
     hints = parameters(target)
+    for name in node:
+        if OmegaConf.is_missing(node, name):
+            raise UserError(f"{key}.{name}: needs a value; give it by {key}.{name}=…")
     values = {str(name): node[name] for name in node if name not in _SPECIAL_KEYS}
     for name, value in values.items():
         if name not in hints:
@@ -77,13 +81,9 @@ def _check_target(node: DictConfig, key: str, allow: AllowList, given: frozenset
         if not _is_node(value) and not fits(_plain(value), hint):
             raise UserError(f"{key}.{name}={_show(value)}: must be {describe(hint)}.")
     if not node.get("_partial_", False):
-        missing = [
-            name
-            for name, parameter in hints.items()
-            if parameter.default is inspect.Parameter.empty and name not in values and name not in given
-        ]
-        if missing:
-            raise UserError(f"{key}: {_name(target)} needs a value for {', '.join(missing)}.")
+        missing_values = [name for name in required(target) if name not in values and name not in given]
+        if missing_values:
+            raise UserError(f"{key}: {_name(target)} needs a value for {', '.join(missing_values)}.")
 
 
 def _as_user_error(error: InstantiationException, key: str, node: Any) -> Exception:
@@ -93,7 +93,7 @@ def _as_user_error(error: InstantiationException, key: str, node: Any) -> Except
     if isinstance(cause, UserError):
         return cause
     if isinstance(cause, ImportError):
-        return missing(cause.name or str(cause), full_key)
+        return missing_in(cause, full_key)
     if isinstance(cause, ValueError | TypeError | OSError) or type(cause).__name__ == "MisconfigurationException":
         inner = OmegaConf.select(node, full_key.removeprefix(key).lstrip(".")) if full_key != key else node
         return UserError(_at_key(str(cause), full_key, inner))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from trainerkit.errors import UserError
 
 if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
     from omegaconf import DictConfig
 
 GROUPS = ("task", "data", "optimizer", "scheduler", "callbacks", "trainer", "logger", "experiment")
@@ -78,7 +77,7 @@ def _main(arguments: list[str]) -> None:
         return
     overrides = _with_overrides_of_run(overrides)
     if not any(override.lstrip("+").startswith("task=") for override in overrides):
-        raise UserError("no task was chosen. Add task=NAME; `python -m trainerkit` lists them.")
+        raise UserError(_no_task(overrides))
 
     from trainerkit.compose import compose_config
 
@@ -153,6 +152,15 @@ def _with_overrides_of_run(overrides: list[str]) -> list[str]:
     return [*kept, *overrides]
 
 
+def _no_task(overrides: list[str]) -> str:
+    import difflib
+
+    keys = [override.partition("=")[0] for override in overrides]
+    near = next((key for key in keys if difflib.get_close_matches(key, ["task"])), None)
+    misspelt = f"{near}: there is no such key. Did you mean task?" if near else "no task was chosen. Add task=NAME."
+    return f"{misspelt} `python -m trainerkit` lists the tasks."
+
+
 def _take_option(arguments: list[str], *names: str) -> tuple[str | None, list[str]]:
     value, rest = None, []
     waiting = False
@@ -211,12 +219,8 @@ def _print_help(config_dir: str | None) -> None:
         print(_USAGE)
         print("Groups and their choices")
         for group in GROUPS:
-            print(_wrapped(f"  {group:<11} ", _visible(loader, group, choices(loader, group))))
+            print(_wrapped(f"  {group:<11} ", choices(loader, group)))
     print(f"\n{_EXAMPLES}")
-
-
-def _visible(loader: "ConfigLoader", group: str, names: list[str]) -> list[str]:
-    return [name for name in names if not name.startswith("_")]
 
 
 def _wrapped(label: str, words: list[str], width: int = 118) -> str:

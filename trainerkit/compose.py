@@ -68,8 +68,9 @@ class config_loader:  # noqa: N801 - reads as a context manager, like open()
 
 
 def choices(loader: ConfigLoader, group: str) -> list[str]:
-    """The names that `group=` takes, in alphabetical order."""
-    return sorted(loader.get_group_options(group, results_filter=ObjectType.CONFIG))
+    """The names that `group=` takes, in alphabetical order; those with a leading underscore are for other configs."""
+    names: list[str] = loader.get_group_options(group, results_filter=ObjectType.CONFIG)
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def summary(loader: ConfigLoader, group: str, choice: str) -> str:

@@ -44,6 +44,13 @@ def missing(module: str, purpose: str) -> UserError:
     return UserError(f"{purpose} needs the package {module.partition('.')[0]}, which is not installed:{hint}")
 
 
+def missing_in(error: ImportError, purpose: str) -> UserError:
+    """The same for what an import raised; some libraries say only in words what they lack."""
+    words = re.findall(r"\w+", str(error))
+    name = error.name or next((word for word in words if extra_for(word)), None)
+    return missing(name, purpose) if name else UserError(f"{purpose}: {error}")
+
+
 def extra_for(module: str) -> str | None:
     """The extra of trainerkit that brings an importable module, from the installed metadata; None if none does."""
     for requirement in metadata.requires("trainerkit") or []:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from trainerkit.build import build
 from trainerkit.callbacks import CrashSafeCheckpoint, EarlyStopping, SavePredictions, StopRequested
@@ -46,6 +47,8 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList) -> dict[str, fl
     _quiet()
     if cfg.stage not in STAGES:
         raise UserError(f"stage={cfg.stage}: must be one of {', '.join(STAGES)}.")
+    if not isinstance(cfg.seed, int):
+        raise UserError(f"seed={cfg.seed}: must be a whole number.")
     out_dir = Path(str(cfg.out_dir)).expanduser()
     results_path = out_dir / "results.json"
     checkpoint = _checkpoint(cfg, out_dir)
@@ -56,7 +59,7 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList) -> dict[str, fl
         print("To train on, raise trainer.max_epochs; for a new run, take another out_dir.")
         return dict(results["metrics"])
 
-    seed_everything(int(cfg.seed), workers=True, verbose=False)
+    seed_everything(cfg.seed, workers=True, verbose=False)
     data, task, trainer = _build_all(cfg, out_dir, allow)
     if trainer.is_global_zero and cfg.stage == "fit":
         _write_facts(cfg, overrides, out_dir, resumed=checkpoint is not None)
@@ -72,12 +75,20 @@ def _build_all(cfg: DictConfig, out_dir: Path, allow: AllowList) -> tuple[Lightn
     data = build(cfg.data, "data", allow) if cfg.data is not None else None
     if data is None:
         raise UserError("data=null: a run needs data; choose one, see --help.")
-    OmegaConf.register_new_resolver("data_module", lambda name: _ask(data, name), replace=True)
+    refused: list[UserError] = []
+
+    def ask(name: str) -> Any:
+        try:
+            return _ask(data, name)
+        except UserError as error:
+            refused.append(error)  # OmegaConf would wrap it; the data's own words say more
+            raise
+
+    OmegaConf.register_new_resolver("data_module", ask, replace=True)
     try:
         OmegaConf.resolve(cfg)
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise cause if isinstance(cause, UserError) else UserError(str(error).splitlines()[0]) from error
+    except OmegaConfBaseException as error:
+        raise refused[0] if refused else UserError(str(error).splitlines()[0]) from error
     parts: dict[str, Any] = {"optimizer": build(cfg.optimizer, "optimizer", allow)}
     if cfg.scheduler is not None:
         parts["scheduler"] = build(cfg.scheduler, "scheduler", allow)

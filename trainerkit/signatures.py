@@ -60,7 +60,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict)
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    return True
+    # Any other class is something that YAML cannot write down as a plain value; it is built by a _target_ instead.
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _fits_tuple(value: Any, arguments: tuple[Any, ...]) -> bool:
@@ -73,11 +74,28 @@ def _fits_tuple(value: Any, arguments: tuple[Any, ...]) -> bool:
 
 def describe(hint: Any) -> str:
     """An annotation in words for people: 'a whole number or null', 'one of mse, sse'."""
+    alternatives = _alternatives(hint)
+    choices = [str(choice) for choice in alternatives if get_origin(choice) is None and not _is_type(choice)]
+    words = [_words(alternative) for alternative in alternatives if get_origin(alternative) or _is_type(alternative)]
+    if choices:
+        words.insert(0, f"one of {', '.join(dict.fromkeys(choices))}")
+    return " or ".join(dict.fromkeys(filter(None, words))) or "built by a _target_"
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """A union's parts, a literal's values, or the annotation itself."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [part for argument in get_args(hint) for part in _alternatives(argument)]
+    return list(get_args(hint)) if get_origin(hint) is Literal else [hint]
+
+
+def _is_type(hint: Any) -> bool:
+    return hint is None or isinstance(hint, type) or hint is Any
+
+
+def _words(hint: Any) -> str:
+    """One alternative in words; empty for what YAML cannot write down."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(argument) for argument in arguments))
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple and Ellipsis not in arguments:
         return f"a list of {len(arguments)}: [{', '.join(describe(argument) for argument in arguments)}]"
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -85,5 +103,16 @@ def describe(hint: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return f"a list, each {describe(arguments[0])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    words |= {None: "null", type(None): "null"}
-    return words.get(hint, getattr(hint, "__name__", str(hint)))
+    words |= {None: "null", type(None): "null"}  # type: ignore[dict-item]
+    return words.get(hint, "")
+
+
+def required(target: Callable[..., Any]) -> list[str]:
+    """The named parameters that a class or function cannot do without."""
+    function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "self" and parameter.kind not in kinds and parameter.default is inspect.Parameter.empty
+    ]

@@ -15,9 +15,15 @@ class Trainer(pl.Trainer):
         enable_tf32: let CUDA matrix products and convolutions round float32 inputs to TF32 (Ampere and later):
             several times faster, about three decimal digits. False leaves torch's settings as they are.
         **kwargs: see `lightning.pytorch.Trainer`.
+
+    Raises:
+        ValueError: for a negative `gradient_clip_val`, which Lightning would take for no clipping.
     """
 
     def __init__(self, *, enable_tf32: bool = False, **kwargs: Any) -> None:
+        clip = kwargs.get("gradient_clip_val")
+        if clip is not None and clip < 0:
+            raise ValueError(f"gradient_clip_val={clip}: must be 0 or more, or null not to clip")
         if enable_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True

@@ -232,6 +232,7 @@ def test_files_that_do_not_fit_or_run_code_are_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # from inside chemomae
 def test_weights_of_the_published_package_give_the_same_outputs(tmp_path):
     """Runs where chemomae 0.2.4 is installed (pip install chemomae==0.2.4)."""
     chemomae = pytest.importorskip("chemomae.models")

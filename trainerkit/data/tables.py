@@ -2,6 +2,7 @@
 
 import csv
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,12 @@ def _read_csv(path: Path, label: str | None) -> tuple[Table, Table | None]:
     skip = cells.index(label) if label is not None else None
     columns = [column for column in range(len(cells)) if column != skip]
     try:
-        table = np.loadtxt(
-            path, delimiter=delimiter, skiprows=int(header), usecols=columns, ndmin=2, dtype=np.float32, comments=None
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file without rows, which is an error below
+            table = np.loadtxt(
+                path, delimiter=delimiter, skiprows=int(header), usecols=columns, ndmin=2, dtype=np.float32,
+                comments=None, encoding="utf-8-sig",
+            )  # fmt: skip
     except ValueError as error:
         raise UserError(_bad_cell(path, delimiter, header, len(cells), skip) or f"{path}: {error}") from error
     if len(table) == 0:
