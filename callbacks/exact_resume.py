@@ -32,6 +32,19 @@ class ExactResume(Callback):
         """Keep the state until training starts."""
         self._restored = state_dict
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the training loader its position if Lightning did not.
+
+        A module that asks for `trainer.estimated_stepping_batches` in `configure_optimizers` has the loader set up
+        before the checkpoint's loops are restored; Lightning then never hands the loader's state over.
+        """
+        loop = trainer.fit_loop
+        states, loader = loop._combined_loader_states_to_load, loop._combined_loader
+        if states and loader is not None and loop._data_fetcher is not None:
+            loader._load_state_dicts(states)
+            loop._combined_loader_states_to_load = []
+            iter(loop._data_fetcher)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the state before the first step: what happens on the way to it draws random numbers too."""
         if self._restored is None:

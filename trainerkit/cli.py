@@ -31,8 +31,7 @@ Examples
   python -m trainerkit -m task=mae task.network.latent_dim=16,64 seed=0,1
 
 Groups are chosen by group=choice, the same way for all of them. `callbacks` is a list: callbacks=[default,NAME] adds
-NAME, callbacks.NAME=null removes one; logger.csv=null and scheduler=null likewise. Any key of the config is set by its
-path, a.b.c=value.
+NAME, callbacks.NAME=null removes one. Any key of the config is set by its path, a.b.c=value.
 
 Keys     stage=fit|validate|test|predict   resume=auto|null|PATH   out_dir=FOLDER   seed=NUMBER
 Flags    -m, --multirun    every combination of comma-separated values

@@ -111,7 +111,9 @@ def _check_group(override: Override, groups: set[str], loader: ConfigLoader) -> 
         return
     allowed = choices(loader, group)
     for value in _chosen(override):
-        if value is not None and value not in allowed:
+        if value is None:
+            raise UserError(f"{group}=null: must be one of {', '.join(allowed)}")
+        if value not in allowed:
             raise UserError(
                 f"{group}={value}: there is no such choice. {did_you_mean(str(value), allowed)}\n"
                 f"{group} takes: {', '.join(allowed)}"

@@ -72,9 +72,9 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList) -> dict[str, fl
 
 def _build_all(cfg: DictConfig, out_dir: Path, allow: AllowList) -> tuple[LightningDataModule, LightningModule, Trainer]:
     """Build every part, data first: the config may ask it for sizes by `${data_module:…}`."""
-    data = build(cfg.data, "data", allow) if cfg.data is not None else None
-    if data is None:
-        raise UserError("data=null: a run needs data; choose one, see --help.")
+    if cfg.get("data") is None:
+        raise UserError("data: a run needs data; choose one by data=NAME, see --help.")
+    data = build(cfg.data, "data", allow)
     refused: list[UserError] = []
 
     def ask(name: str) -> Any:
@@ -90,7 +90,7 @@ def _build_all(cfg: DictConfig, out_dir: Path, allow: AllowList) -> tuple[Lightn
     except OmegaConfBaseException as error:
         raise refused[0] if refused else UserError(str(error).splitlines()[0]) from error
     parts: dict[str, Any] = {"optimizer": build(cfg.optimizer, "optimizer", allow)}
-    if cfg.scheduler is not None:
+    if cfg.get("scheduler") is not None:
         parts["scheduler"] = build(cfg.scheduler, "scheduler", allow)
     task = build(cfg.task, "task", allow, **parts)
     callbacks: list[Callback] = [

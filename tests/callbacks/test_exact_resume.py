@@ -23,6 +23,15 @@ class Noisy(ToyModule):
         super().validation_step((batch["x"], batch["y"]), batch_idx)
 
 
+class Scheduled(Noisy):
+    """Asks for the length of the run, which sets the loaders up before the checkpoint's loops are restored."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def loaders(num_workers=0):
     generator = torch.Generator().manual_seed(2)
     data = ArrayDataset({"x": torch.randn(40, 4, generator=generator), "y": torch.randn(40, generator=generator)})
@@ -46,8 +55,8 @@ class Killed(CrashSafeCheckpoint):
             raise RuntimeError("killed")
 
 
-def fit(folder, checkpoint, ckpt_path=None, accumulate=1, workers=0):
-    module = Noisy()
+def fit(folder, checkpoint, ckpt_path=None, accumulate=1, workers=0, kind=Noisy):
+    module = kind()
     callbacks = [EMA(decay=0.9), ExactResume(), History(), checkpoint]
     trainer = toy_trainer(folder, callbacks, max_epochs=3, accumulate_grad_batches=accumulate)
     torch.manual_seed(7)
@@ -60,15 +69,17 @@ def fit(folder, checkpoint, ckpt_path=None, accumulate=1, workers=0):
 
 
 
+@pytest.mark.parametrize("kind", [Noisy, Scheduled])
 @pytest.mark.parametrize("step", range(1, 15))
-def test_resuming_after_any_step_equals_the_uninterrupted_run(tmp_path, step):
+def test_resuming_after_any_step_equals_the_uninterrupted_run(tmp_path, step, kind):
     torch.manual_seed(0)
-    whole, trainer = fit(tmp_path / "whole", CrashSafeCheckpoint())
+    whole, trainer = fit(tmp_path / "whole", CrashSafeCheckpoint(), kind=kind)
     torch.manual_seed(0)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(tmp_path / "cut", Killed(step))
+        fit(tmp_path / "cut", Killed(step), kind=kind)
     torch.manual_seed(123)  # other initial weights: all must come from the checkpoint
-    resumed, again = fit(tmp_path / "cut", CrashSafeCheckpoint(), tmp_path / "cut" / "checkpoints" / "last.ckpt")
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    resumed, again = fit(tmp_path / "cut", CrashSafeCheckpoint(), last, kind=kind)
     assert torch.equal(resumed.layer.weight, whole.layer.weight)
     assert torch.equal(resumed.seen[-1], whole.seen[-1])
     assert again.global_step == trainer.global_step == 15
@@ -92,7 +103,7 @@ def test_without_it_the_result_is_another(tmp_path, monkeypatch):
     """The test above can fail."""
     monkeypatch.setattr(ExactResume, "on_train_batch_start", lambda *_: None)
     with pytest.raises(AssertionError):
-        test_resuming_after_any_step_equals_the_uninterrupted_run(tmp_path, 4)
+        test_resuming_after_any_step_equals_the_uninterrupted_run(tmp_path, 4, Noisy)
 
 
 def test_the_state_of_all_generators_comes_back_through_a_safe_file(tmp_path):
