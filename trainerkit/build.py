@@ -78,6 +78,8 @@ def _check_target(node: DictConfig, key: str, allow: AllowList, given: frozenset
         if name not in hints:
             raise UserError(f"{key}.{name}: {_name(target)} has no such parameter. {did_you_mean(name, hints)}")
         hint = hints[name].annotation
+        if value is None and node.get("_partial_", False):
+            continue  # left open, to be filled in when the object is finished
         if not _is_node(value) and not fits(_plain(value), hint):
             raise UserError(f"{key}.{name}={_show(value)}: must be {describe(hint)}.")
     if not node.get("_partial_", False):

@@ -1,0 +1,188 @@
+"""The same checks on every YAML there is; what the glob found is counted against the files."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tests.support import ROOT, smooth_spectra
+
+from trainerkit.build import build, check
+from trainerkit.compose import choices, compose_config, config_loader
+from trainerkit.errors import UserError
+from trainerkit.plugins import AllowList
+from trainerkit.signatures import parameters
+from trainerkit.testing import check_data, check_task
+
+CONFIGS = ROOT / "configs"
+GROUPS = ("task", "data", "optimizer", "scheduler", "callbacks", "trainer", "logger", "experiment")
+FILES = sorted(CONFIGS.glob("*/*.yaml"))
+ALLOW = AllowList()
+
+# Choices that name no target of their own, or belong beside another choice.
+COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
+# What a choice needs before it can be composed or built.
+NEEDS = {"data/spectra": ["data.path=spectra.npy"]}
+
+
+def name(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+def of(group):
+    found = [path for path in FILES if path.parent.name == group and not path.stem.startswith("_")]
+    assert found, group
+    return [pytest.param(path, id=name(path)) for path in found]
+
+
+def composed(path):
+    group, choice = path.parent.name, path.stem
+    chosen = f"{group}=[default,{choice}]" if group == "callbacks" and choice != "none" else f"{group}={choice}"
+    if name(path) == "callbacks/default":
+        chosen = "callbacks=[default]"
+    task = [] if group == "task" else ["task=mae"]
+    return compose_config([*task, chosen, "out_dir=somewhere", *NEEDS.get(name(path), [])])
+
+
+def test_the_glob_finds_every_file_and_hydra_every_choice():
+    assert len(FILES) == sum(1 for _ in CONFIGS.rglob("*.yaml")) - 1  # all but train.yaml
+    assert {path.parent.name for path in FILES} == set(GROUPS)
+    with config_loader() as loader:
+        listed = {f"{group}/{choice}" for group in GROUPS for choice in choices(loader, group)}
+    assert listed == {name(path) for path in FILES if not path.stem.startswith("_")}
+    assert len(listed) >= 38
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=name(path)) for path in FILES])
+def test_the_first_comment_says_what_it_is(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    assert re.fullmatch(r"# [A-Z0-9a-z].{15,125}", lines[0]), lines[0]
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=name(path)) for path in FILES if not path.stem.startswith("_")])
+def test_it_composes_and_every_key_binds_to_its_target(path):
+    cfg = composed(path)
+    OmegaConf.register_new_resolver("data_module", lambda key: {"seq_len": 200}[key], replace=True)
+    if path.stem == "chemomae_document":
+        OmegaConf.register_new_resolver("data_module", lambda key: {"seq_len": 256}[key], replace=True)
+    for part in ("task", "data", "optimizer", "scheduler", "trainer"):
+        given = frozenset({"optimizer", "scheduler"}) if part == "task" else frozenset()
+        check(cfg[part], part, ALLOW, given)
+    for group in ("callbacks", "logger"):
+        for key, node in cfg[group].items():
+            check(node, f"{group}.{key}", ALLOW)
+
+
+@pytest.mark.parametrize("path", of("callbacks"))
+def test_callbacks_list_every_plain_parameter_with_the_signatures_default(path):
+    if name(path) in COLLECTIONS:
+        pytest.skip("a collection")
+    ours = OmegaConf.load(path)
+    assert list(ours) == [path.stem]
+    node = OmegaConf.to_container(ours[path.stem])
+    target = ALLOW.resolve(node.pop("_target_"), path.stem)
+    known = parameters(target)
+    if target.__module__.startswith("trainerkit"):
+        assert set(node) == set(known)
+        for key, value in node.items():
+            assert value == known[key].default, key
+    else:
+        assert set(node) <= set(known)
+
+
+@pytest.mark.parametrize("path", of("optimizer"))
+def test_optimizers_list_every_parameter_and_take_a_step(path):
+    factory = build(composed(path).optimizer, "optimizer", ALLOW)
+    assert isinstance(factory, partial)
+    assert set(factory.keywords) == set(parameters(factory.func)) - {"params"}
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = factory([weight])
+    weight.sum().backward()
+    optimizer.step()
+    assert not torch.equal(weight, torch.ones(3))
+
+
+@pytest.mark.parametrize("path", of("scheduler"))
+def test_schedulers_list_every_parameter_and_stay_between_nothing_and_the_rate(path):
+    from trainerkit.optim import make_scheduler
+
+    factory = build(composed(path).scheduler, "scheduler", ALLOW)
+    assert set(factory.keywords) == set(parameters(factory.func)) - {"optimizer"}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    scheduler = make_scheduler(factory, optimizer, total_steps=20, steps_per_epoch=5)
+    for _ in range(20):
+        assert 0 <= optimizer.param_groups[0]["lr"] <= 0.5
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_trainers_list_every_parameter_that_is_not_given_by_the_run():
+    from trainerkit.trainer import Trainer
+
+    node = OmegaConf.load(CONFIGS / "trainer" / "_base.yaml")
+    given = {"logger", "callbacks", "default_root_dir"}
+    assert set(node) - {"_target_"} == set(parameters(Trainer)) - given
+
+
+@pytest.mark.parametrize("path", of("trainer"))
+def test_trainers_build_where_their_device_is(path):
+    node = composed(path).trainer
+    if path.stem in ("gpu", "fsdp") and not torch.cuda.is_available():
+        with pytest.raises(UserError, match="trainer: .*(No supported gpu backend found|cuda)"):
+            build(node, "trainer", ALLOW, logger=False)
+        return
+    if path.stem == "ddp":
+        node.accelerator, node.devices = "cpu", 2
+    trainer = build(node, "trainer", ALLOW, logger=False)
+    assert trainer.num_devices == (2 if path.stem == "ddp" else 1)
+
+
+@pytest.mark.parametrize("path", of("data"))
+def test_data_keep_the_contract(path, tmp_path, monkeypatch):
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    np.save("spectra.npy", smooth_spectra())
+    check_data(lambda: build(composed(path).data, "data", ALLOW))
+
+
+def small_mae(choice):
+    """A tiny task on tiny data, otherwise as the choice says."""
+    cfg = compose_config([choice, "data=spectra", "data.path=spectra.npy", "task.network.n_patches=8", "task.network.n_mask=5"])
+    OmegaConf.register_new_resolver("data_module", lambda key: 40, replace=True)
+    cfg.task.network.update(d_model=16, nhead=2, num_layers=1, dim_feedforward=32, latent_dim=4)
+    if "decoder_dim" in cfg.task.network:
+        cfg.task.network.decoder_dim = 16
+    return cfg
+
+
+@pytest.mark.parametrize("path", of("task"))
+def test_tasks_keep_the_contract(path, tmp_path, monkeypatch):
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    np.save("spectra.npy", smooth_spectra())
+    cfg = small_mae(f"task={path.stem}")
+
+    def make_task():
+        parts = {name: build(cfg[name], name, ALLOW) for name in ("optimizer", "scheduler")}
+        return build(cfg.task, "task", ALLOW, **parts)
+
+    check_task(make_task, lambda: build(cfg.data, "data", ALLOW), tmp_path)
+
+
+@pytest.mark.parametrize("group", ["task", "callbacks"])
+def test_every_task_and_callback_of_ours_has_its_page_and_its_test(group):
+    folder = "tasks" if group == "task" else "callbacks"
+    checked = 0
+    for parameter in of(group):
+        path = parameter.values[0]
+        if name(path) in COLLECTIONS:
+            continue
+        text = path.read_text()
+        assert (ROOT / "docs" / folder / f"{path.stem}.md").is_file(), path
+        if f"trainerkit.{folder}.{'' if group == 'callbacks' else path.stem}" in text and "tasks.mae.Latent" not in text:
+            assert (ROOT / "tests" / folder / f"test_{path.stem}.py").is_file(), path
+        checked += 1
+    assert checked >= {"task": 1, "callbacks": 12}[group]
