@@ -119,7 +119,7 @@ def probe(
         return float(classifier.fit(inputs["train"] / over, labels).score(inputs["test"] / over, truth))
 
     return {
-        "latent_linear": accuracy(linear_model.LogisticRegression(C=10, max_iter=300, tol=1e-3), z, scale),
+        "latent_linear": accuracy(linear_model.LogisticRegression(C=10, solver="newton-cholesky"), z, scale),
         "latent_1nn": accuracy(neighbors.KNeighborsClassifier(1), z),
         "raw_1nn": accuracy(neighbors.KNeighborsClassifier(1), raw),
         "raw_svm": accuracy(svm.SVC(C=100, gamma=0.005), raw),
