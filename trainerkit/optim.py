@@ -75,7 +75,7 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module, *, allo
     Args:
         factory: an optimizer class, or a `functools.partial` of one; its `weight_decay` applies by `decays`.
         module: what to optimize.
-        allow_fused: False under fp16 loss scaling: fused optimizers unscale by themselves, so gradients could not be
+        allow_fused: False under mixed precision: fused optimizers unscale by themselves, so gradients could not be
             clipped before the step.
 
     Returns:

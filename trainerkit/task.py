@@ -51,7 +51,8 @@ class Task(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule stepped once per optimizer step."""
-        allow_fused = self.trainer.precision != "16-mixed"
+        # Lightning refuses to clip the gradients of a fused optimizer under mixed precision, scaler or not.
+        allow_fused = "mixed" not in str(self.trainer.precision)
         optimizer = make_optimizer(self._optimizer_factory, self, allow_fused=allow_fused)
         if self._scheduler_factory is None:
             return optimizer

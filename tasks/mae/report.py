@@ -72,7 +72,9 @@ class ReconstructionReport(Callback):
         if latents and self.probes:
             figures |= probe(latents, train, test, data.class_names)
         if self.pictures:
-            shown = test["x"][:3], visible[:3]
+            # Spread over the rows: neighbours look alike.
+            spread = torch.linspace(0, len(test["x"]) - 1, 3).long()
+            shown = test["x"][spread], visible[spread]
             x_recon, _, seen = network(shown[0].to(task.device), shown[1].to(task.device))
             pictures.reconstruction(folder / "reconstruction.png", shown[0], x_recon.float().cpu(), seen.cpu())
             if latents:

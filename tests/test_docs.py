@@ -1,0 +1,232 @@
+"""README and docs: every block of Python and every command runs, links lead somewhere, tables are true."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from tests.support import ROOT, smooth_spectra
+
+from trainerkit.compose import compose_config
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Keeps a documented run to a few steps; what it shows is the same.
+SHORT = [
+    "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1",
+    "trainer.limit_test_batches=1", "callbacks.progress_bar=null",
+    "callbacks.reconstruction_report.pictures=false",
+]  # fmt: skip
+# CI runs these as they are (.ci/run); here they would install into the test's own environment.
+BY_CI = ("pip install", ".ci/run", "pytest tests/callbacks", "ruff check")
+
+
+def blocks(page, language):
+    return [(m[2].strip(), m[3]) for m in BLOCK.finditer(page.read_text(encoding="utf-8")) if m[1] == language]
+
+
+def ident(page):
+    return str(page.relative_to(ROOT))
+
+
+def environment():
+    scripts = os.path.dirname(sys.executable)
+    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder with the tables that the pages speak of: 200 bands, with and without labels."""
+    table = smooth_spectra(rows=120, bands=200)
+    np.save(tmp_path / "mine.npy", table)
+    header = ",".join([*(f"b{i}" for i in range(200)), "kind"])
+    rows = [",".join([*(f"{v:.5f}" for v in row), "oat" if i % 2 else "rye"]) for i, row in enumerate(table)]
+    (tmp_path / "mine.csv").write_text("\n".join([header, *rows]))
+    return tmp_path
+
+
+def commands(page):
+    """The commands of a page's bash blocks, without comments; those that CI runs are left out."""
+    lines = [line for _, text in blocks(page, "bash") for line in text.splitlines() if line.strip()]
+    cleaned = [line.partition("  #")[0].strip() for line in lines]
+    return [line for line in cleaned if not line.startswith(BY_CI)]
+
+
+def shortened(line):
+    """A documented command with overrides that keep it short, unless it trains nothing."""
+    words = shlex.split(line)
+    if "trainerkit" not in line or not any(word.startswith(("task=", "out_dir=")) for word in words):
+        return line
+    short = [*SHORT, "callbacks.reconstruction_report.probes=false"]
+    if "task=mae" not in words:
+        short = [option for option in short if "callbacks" not in option]
+    chosen = {word.partition("=")[0] for word in words}
+    extra = [option for option in short if option.partition("=")[0] not in chosen]
+    return f"{line} {' '.join(extra)}"
+
+
+def run(line, folder):
+    python = line.replace("python -m", f"{shlex.quote(sys.executable)} -m")
+    answer = subprocess.run(
+        ["bash", "-c", python], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert answer.returncode == 0, f"{line}\n{answer.stdout}\n{answer.stderr}"
+    return answer.stdout
+
+
+def test_the_readme_opens_with_the_two_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = BLOCK.search(text)
+    assert text[: first.start()].strip() == "# trainerkit"
+    assert first[3].splitlines() == [
+        "pip install -c constraints.txt -e '.[examples]' && python -m trainerkit task=mae",
+        "pip install -c constraints.txt -e '.[test]' && pytest",
+    ]
+
+
+PYTHON_PAGES = [page for page in PAGES if blocks(page, "python") and page.name != "your_task.md"]
+
+
+@pytest.mark.filterwarnings("ignore:.*tensorboardX.*")  # of a Trainer that is made without a logger argument
+@pytest.mark.parametrize("page", PYTHON_PAGES, ids=ident)
+def test_every_python_block_runs(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    namespace = {}
+    for _, code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), namespace)
+
+
+COMMAND_PAGES = [page for page in PAGES if commands(page) and page.name != "your_task.md"]
+
+
+@pytest.mark.parametrize("page", COMMAND_PAGES, ids=ident)
+def test_every_command_runs(page, folder, monkeypatch):
+    """In this process: what a process of its own does is tested in test_cli.py."""
+    from trainerkit.cli import main
+
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("TRAINERKIT_RESOLVED_CONFIG", raising=False)
+    for line in commands(page):
+        words = shlex.split(shortened(line))
+        assert words[:3] == ["python", "-m", "trainerkit"], line
+        with monkeypatch.context() as context, contextlib.redirect_stdout(io.StringIO()):
+            context.setattr(sys, "argv", words[2:])
+            main(words[3:])
+
+
+def test_all_blocks_are_of_a_kind_that_a_test_reads():
+    kinds = {m[1] for page in PAGES for m in BLOCK.finditer(page.read_text(encoding="utf-8"))}
+    assert kinds <= {"bash", "python", "text", "yaml", "toml"}
+    assert len(PYTHON_PAGES) >= 10
+    assert len(COMMAND_PAGES) >= 4
+
+
+def test_what_the_pages_show_of_the_screen_is_what_it_says(tmp_path):
+    """Blocks of text that begin with a prompt: the command, then exactly its answer."""
+    shown = 0
+    for page in PAGES:
+        for _, text in blocks(page, "text"):
+            for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+                command, _, expected = part.partition("\n")
+                answer = subprocess.run(
+                    [sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, env=environment(),
+                    capture_output=True, text=True, check=False,
+                )  # fmt: skip
+                assert answer.stderr.strip() == expected.strip(), command
+                shown += 1
+    assert shown >= 3
+
+
+def test_your_own_task_in_ten_minutes_word_by_word(tmp_path):
+    page = ROOT / "docs" / "your_task.md"
+    files = 0
+    for language in ("python", "yaml"):
+        for info, text in blocks(page, language):
+            path = tmp_path / info.removeprefix("file=")
+            assert info.startswith("file="), info
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            files += 1
+    assert files == 3
+    first, second, contract = commands(page)
+    screen = run(f"{first} trainer=cpu callbacks.progress_bar=null", tmp_path)
+    accuracy = float(re.search(r"val/accuracy +([\d.]+)", screen)[1])
+    assert accuracy > 0.9
+    run(shortened(second), tmp_path)
+    assert "1 passed" in run(contract, tmp_path)
+
+
+def test_links_lead_somewhere():
+    checked = 0
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{ident(page)}: {target}"
+                checked += 1
+    assert checked > 30
+
+
+def shown_as(value):
+    text = str(value)
+    return {"True": "true", "False": "false", "None": "null"}.get(text, text)
+
+
+def test_the_table_of_documented_keys_is_what_the_configs_say():
+    """docs/tasks/mae.md, 'The documented keys': each key's value in both columns, from the composed config."""
+    OmegaConf.register_new_resolver("data_module", lambda key: 200, replace=True)
+    plain = compose_config(["task=mae"])
+    document = compose_config(["task=mae", "experiment=chemomae_document"])
+    text = (ROOT / "docs" / "tasks" / "mae.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.partition("## The documented keys")[2].splitlines()
+        if line.startswith("|") and not line.startswith(("|---", "| documented"))
+    ]
+    assert len(rows) == 31
+    for documented, _, here, in_document, in_plain in rows:
+        key = re.search(r"`([^`]+)`", here)[1]
+        if key in ("out_dir", "trainer=auto"):
+            assert plain.out_dir.startswith("runs/mae/")
+            assert plain.trainer.accelerator == document.trainer.accelerator == "auto"
+            continue
+        for cfg, cell in ((document, in_document), (plain, in_plain)):
+            if key == "callbacks.ema":
+                assert cfg.callbacks.ema is not None
+                assert cell == "present"
+            elif key == "task.network.seq_len":
+                assert cell == str(cfg.data.seq_len or 200)
+            else:
+                assert cell == shown_as(OmegaConf.select(cfg, key, throw_on_missing=True)), (documented, key)
+
+
+def test_the_documents_example_is_to_the_letter():
+    """The figures of the ChemoMAE document, in the config that bears its name."""
+    cfg = compose_config(["task=mae", "experiment=chemomae_document"])
+    figures = {
+        "data.seq_len": 256, "task.network.n_patches": 16, "task.network.n_mask": 12, "task.network.latent_dim": 64,
+        "task.network.d_model": 256, "task.network.nhead": 4, "task.network.num_layers": 4,
+        "task.network.dim_feedforward": None, "task.network.dropout": 0.0, "task.network.latent_normalize": True,
+        "task.network.decoder": "latent", "task.network.decoder_num_layers": 2,
+        "optimizer._target_": "torch.optim.AdamW", "optimizer.lr": 2e-4, "optimizer.weight_decay": 0.05,
+        "optimizer.betas": [0.9, 0.95], "scheduler._target_": "trainerkit.optim.warmup_cosine",
+        "scheduler.warmup_epochs": 5, "scheduler.min_lr_scale": 0.1, "trainer.max_epochs": 100,
+        "trainer.precision": "bf16-mixed", "trainer.enable_tf32": False, "trainer.gradient_clip_val": 1.0,
+        "callbacks.ema.decay": 0.999, "callbacks.ema.warmup": False, "callbacks.early_stopping.patience": 20,
+        "callbacks.early_stopping.start_ratio": 0.5, "callbacks.early_stopping.min_delta": 0.0,
+        "task.loss": "mse", "task.reduction": "mean", "resume": "auto",
+    }  # fmt: skip
+    for key, value in figures.items():
+        assert OmegaConf.select(cfg, key) == value, key
+
+
+def test_pictures_in_the_docs_are_small():
+    pictures = [path for path in (ROOT / "docs").rglob("*.png")]
+    assert pictures
+    assert all(Path(path).stat().st_size < 200_000 for path in pictures)

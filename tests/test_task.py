@@ -1,0 +1,122 @@
+"""Task: metrics that wait on the device, and what comes out in the end."""
+
+import pytest
+import torch
+from tests.support import ToyModule, toy_loader, toy_trainer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainerkit.optim import warmup_cosine
+from trainerkit.task import Task
+
+
+class Tracks(Task):
+    """Tracks given values for batches of given sizes."""
+
+    def __init__(self, values, reduction="mean", **parts):
+        super().__init__(**parts)
+        self.layer = nn.Linear(4, 1)
+        self.values = values
+        self.reduction = reduction
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.track("train/loss", torch.tensor(self.values[batch_idx]), len(x), self.reduction)
+        return (self.layer(x)[:, 0] - y).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.track("val/loss", torch.tensor(self.values[batch_idx]), len(batch[0]), self.reduction)
+
+
+def fit(tmp_path, task, rows=20, **options):
+    trainer = toy_trainer(tmp_path, **{"max_epochs": 1} | options)
+    trainer.fit(task, toy_loader(rows), toy_loader(rows))
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_an_epochs_mean_weighs_the_last_smaller_batch_by_its_size(tmp_path):
+    metrics = fit(tmp_path, Tracks([1.0, 2.0, 6.0]))  # batches of 8, 8 and 4
+    assert metrics["train/loss"] == metrics["val/loss"] == pytest.approx((8 * 1 + 8 * 2 + 4 * 6) / 20)
+
+
+def test_a_sum_adds_up_whatever_the_batches_are(tmp_path):
+    metrics = fit(tmp_path, Tracks([1.0, 2.0, 6.0], "sum"))
+    assert metrics["train/loss"] == metrics["val/loss"] == 9
+
+
+def test_the_step_metric_is_the_mean_since_the_last_log_step(tmp_path):
+    seen = []
+
+    class Watches(Tracks):
+        def log(self, name, value, **options):
+            seen.append((name, value))
+            super().log(name, value, **options)
+
+    fit(tmp_path, Watches([1.0, 3.0, 5.0, 9.0]), rows=32, log_every_n_steps=2)
+    assert [value for name, value in seen if name == "train/loss_step"] == [2.0, 7.0]
+    assert [value for name, value in seen if name == "train/loss"] == [4.5]
+
+
+def test_epochs_do_not_mix_and_max_steps_ends_one_early(tmp_path):
+    metrics = fit(tmp_path, Tracks([1.0, 2.0, 6.0]), max_epochs=-1, max_steps=4)
+    assert metrics["train/loss"] == 1.0  # the second epoch has one batch
+
+
+class CountsCopies(TorchDispatchMode):
+    """Counts what copies a value to the host: item(), tolist(), bool()."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.copies += 1
+        return function(*arguments, **(keywords or {}))
+
+
+def test_nothing_is_read_back_between_log_steps():
+    task = Tracks([])
+    with CountsCopies() as counter:
+        for _ in range(100):
+            task.track("train/loss", torch.ones(()), weight=3)
+    assert counter.copies == 0
+    assert task._meters["train/loss"].result(lambda values: values) == 1.0
+
+
+def test_the_sum_does_not_depend_on_when_it_was_collected():
+    values = torch.rand(200)
+    results = []
+    for every in (1, 7, 1000):
+        task = Tracks([])
+        for position, value in enumerate(values):
+            task.track("a", value, weight=position % 5 + 1)
+            if position % every == 0:
+                task._meters["a"].window()
+        results.append(task._meters["a"].result(lambda values: values))
+    weights = [position % 5 + 1 for position in range(200)]
+    expected = sum(float(v) * w for v, w in zip(values.double(), weights, strict=True)) / sum(weights)
+    assert results[0] == results[1] == results[2] == pytest.approx(expected, rel=1e-12)
+
+
+def test_optimizer_and_schedule_partials_are_finished(tmp_path):
+    from functools import partial
+
+    schedule = partial(warmup_cosine, warmup_epochs=1, min_lr_scale=0.0)
+    task = Tracks([1.0] * 3, optimizer=partial(torch.optim.AdamW, lr=0.5, weight_decay=0.1), scheduler=schedule)
+    fit(tmp_path, task, max_epochs=4)
+    optimizer = task.trainer.optimizers[0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]  # after 12 of 12 steps
+
+
+def test_a_schedule_without_an_end_is_refused(tmp_path):
+    from functools import partial
+
+    task = Tracks([1.0] * 3, scheduler=partial(warmup_cosine, warmup_steps=1))
+    with pytest.raises(ValueError, match="max_epochs=-1: a schedule needs to know the length of the run"):
+        fit(tmp_path, task, max_epochs=-1)
+
+
+def test_it_is_a_plain_lightning_module_to_other_callbacks(tmp_path):
+    assert fit(tmp_path, ToyModule())["val/loss"] > 0
