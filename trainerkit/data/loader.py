@@ -6,7 +6,7 @@ it moves no global random state, is the same for any number of processes, and a 
 by skipping ahead in O(1).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ class BatchLoader:
         dataset: takes a tensor of positions.
         batches: the order.
         num_workers: processes that read ahead; 0 is fastest for data in memory.
-        pin_memory: copy batches to pinned memory, for CUDA.
+        pin_memory: have the workers' batches copied to pinned memory, for CUDA.
 
     Raises:
         ValueError: on resuming in mid-epoch with another batch size.
@@ -159,17 +159,19 @@ class BatchLoader:
         self.sampler = batches  # by this name Lightning finds it, to set the epoch
         self.batch_sampler = None  # Lightning looks there as well
         self._given = 0
-        # With a generator of its own the loader draws its workers' base seed from there, not from the global state.
-        self._loader: DataLoader[Batch] = DataLoader(
-            dataset,
-            sampler=batches,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),
-            persistent_workers=num_workers > 0,
-        )
+        self._loader: Iterable[Batch] = _Here(dataset, batches)
+        if num_workers > 0:
+            # With a generator of its own it draws its workers' base seed from there, not from the global state.
+            self._loader = DataLoader(
+                dataset,
+                sampler=batches,
+                batch_size=None,
+                num_workers=num_workers,
+                pin_memory=pin_memory,
+                collate_fn=_as_it_is,
+                generator=torch.Generator(),
+                persistent_workers=True,
+            )
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -193,6 +195,18 @@ class BatchLoader:
                 f"of {state['batch_size']}; resume with that size, or from the end of an epoch"
             )
         self.sampler.start = state["batches"]
+
+
+class _Here:
+    """What a DataLoader without workers does with batches of positions, without its cost per batch."""
+
+    def __init__(self, dataset: Dataset[Batch], batches: EpochBatches) -> None:
+        self.dataset = dataset
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for positions in self.batches:
+            yield self.dataset[positions]
 
 
 def _as_it_is(batch: Batch) -> Batch:
