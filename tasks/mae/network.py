@@ -117,14 +117,14 @@ class MaskedAutoencoder(nn.Module):
         """
         if visible is None:
             visible = random_visible(len(x), self.n_patches, self.n_patches - self.n_mask, device=x.device)
-        tokens, z = self.encoder(self._patches(x), visible)
+        tokens, z = self.encoder(self._patches(x), visible, first=self.decoder.reads)
         visible_mask = ~hidden_positions(visible, self.n_patches, self.seq_len // self.n_patches)
         return self.decoder(tokens, z, visible), z, visible_mask
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents (B, Z) of signals (B, L) that are seen whole."""
         everything = torch.arange(self.n_patches, device=x.device).expand(len(x), -1)
-        z: Tensor = self.encoder(self._patches(x), everything)[1]
+        z: Tensor = self.encoder(self._patches(x), everything, first=1)[1]
         return z
 
     def _patches(self, x: Tensor) -> Tensor:
@@ -158,18 +158,23 @@ class Encoder(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, patches: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches (B, P, S) and visible indices (B, V) to tokens (B, 1+V, D), class token first, and latents (B, Z)."""
+    def forward(self, patches: Tensor, visible: Tensor, first: int | None = None) -> tuple[Tensor, Tensor]:
+        """Patches (B, P, S) and visible indices (B, V) to tokens (B, 1+V, D), class token first, and latents (B, Z).
+
+        With `first`, only so many tokens are given: 1 is enough where just the latent is wanted.
+        """
         seen = patches.gather(1, visible[:, :, None].expand(-1, -1, patches.shape[2]))
         tokens = self.patch_proj(seen) + self.pos_embed[0, 1:][visible]
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        tokens = self.encoder(torch.cat([first.to(tokens.dtype), tokens], dim=1))
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = self.encoder(torch.cat([cls.to(tokens.dtype), tokens], dim=1), first)
         z = self.to_latent(tokens[:, 0])
         return tokens, F.normalize(z, dim=1) if self.latent_normalize else z
 
 
 class LatentDecoder(nn.Module):
     """An MLP from the latent to the whole signal; hidden layers are as wide as the signal is long."""
+
+    reads = 1  # of the encoder's tokens: only the class token, through the latent
 
     def __init__(self, seq_len: int, latent_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -188,6 +193,8 @@ class LatentDecoder(nn.Module):
 
 class TokenDecoder(nn.Module):
     """A transformer over the encoded patches in their places, mask tokens in the others, and the latent in front."""
+
+    reads = None  # all of the encoder's tokens
 
     def __init__(
         self,

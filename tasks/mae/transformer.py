@@ -31,13 +31,19 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or to (B, `first`, D): the first tokens' outputs, for which all are looked at."""
         batch, tokens, width = x.shape
-        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        query, key, value = projected.view(batch, tokens, 3, self.nhead, -1).permute(2, 0, 3, 1, 4)
+        if first is None:
+            projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            query, key, value = projected.view(batch, tokens, 3, self.nhead, -1).permute(2, 0, 3, 1, 4)
+        else:
+            asked = F.linear(x[:, :first], self.in_proj_weight[:width], self.in_proj_bias[:width])
+            query = asked.view(batch, first, self.nhead, -1).transpose(1, 2)
+            rest = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
+            key, value = rest.view(batch, tokens, 2, self.nhead, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
-        mixed: Tensor = self.out_proj(attended.transpose(1, 2).reshape(batch, tokens, width))
+        mixed: Tensor = self.out_proj(attended.transpose(1, 2).reshape(batch, -1, width))
         return mixed
 
 
@@ -60,9 +66,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        x = x + self.dropout(self.self_attn(self.norm1(x)))
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or to (B, `first`, D): the first tokens only."""
+        x = x[:, :first] + self.dropout(self.self_attn(self.norm1(x), first))
         hidden = self.dropout(F.gelu(self.linear1(self.norm2(x))))
         return x + self.dropout(self.linear2(hidden))
 
@@ -82,8 +88,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(d_model, nhead, dim_feedforward, dropout) for _ in range(num_layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        for layer in self.layers:
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D), or to (B, `first`, D), for which the last block leaves out what is not needed."""
+        *before, last = self.layers
+        for layer in before:
             x = layer(x)
-        return x
+        out: Tensor = last(x, first)
+        return out

@@ -134,6 +134,13 @@ def test_the_transformer_equals_torchs_own():
     torch.testing.assert_close(mine(x), theirs(x), atol=1e-6, rtol=1e-5)
 
 
+def test_the_first_tokens_alone_are_those_of_all():
+    transformer = Transformer(3, 16, 4, 32, 0.0)
+    x = torch.randn(5, 7, 16)
+    for first in (1, 3, 7):
+        torch.testing.assert_close(transformer(x, first), transformer(x)[:, :first], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("decoder", ["latent", "tokens"])
 def test_forward_gives_the_documented_shapes(decoder):
     network = MaskedAutoencoder(**SMALL, decoder=decoder)
