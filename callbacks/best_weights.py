@@ -52,7 +52,7 @@ class BestWeights(Callback):
         self.best = state_dict["best"]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hold on to the tensors that were just scored; the metric is known only later, and EMA may have left by then."""
+        """Hold on to the tensors that were just scored; when the metric is known, EMA may have left."""
         self._scored = {name: tensor.detach() for name, tensor in pl_module.state_dict().items()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -158,7 +158,7 @@ class CrashSafeCheckpoint(Checkpoint):
         """Whether a signal reached any rank; several ranks ask each other only now and then, for that waits."""
         if trainer.world_size == 1:
             return self._signum is not None
-        if not now and trainer.global_step % trainer.log_every_n_steps:
+        if not now and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return False
         return trainer.strategy.reduce_boolean_decision(self._signum is not None, all=False)
 

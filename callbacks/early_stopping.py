@@ -7,8 +7,8 @@ the whole run. Patience 3, ratio 0.5, E = 10, best at epoch 2: epochs 5, 6 and 7
 import math
 from typing import Any, Literal
 
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 class EarlyStopping(Callback):

@@ -1,8 +1,8 @@
 """Exponential moving average of the weights.
 
 shadow ← d·shadow + (1 − d)·w after every optimizer step. The shadow starts at the initial weights, so that a fixed
-d = 0.999 would still hold a third of them after 1,000 steps; therefore d warms up as min(decay, (1 + n)/(10 + n)) with n
-updates made before (the rule of TensorFlow's ExponentialMovingAverage with `num_updates`).
+d = 0.999 would still hold a third of them after 1,000 steps; therefore d warms up as min(decay, (1 + n)/(10 + n))
+with n updates made before (the rule of TensorFlow's ExponentialMovingAverage with `num_updates`).
 
 Source: B. T. Polyak, A. B. Juditsky, 'Acceleration of stochastic approximation by averaging', 1992.
 """
@@ -31,8 +31,8 @@ def ema_update_(shadow: Sequence[Tensor], live: Sequence[Tensor], decay: float) 
 class EMA(Callback):
     """Keep an exponential moving average of the weights, and use it to validate, test, predict and save.
 
-    - Evaluation sees the average: pointers are swapped, nothing is copied, and the live weights come back at the end, by
-      an exception too.
+    - Evaluation sees the average: pointers are swapped, nothing is copied, and the live weights come back at the end,
+      by an exception too.
     - A checkpoint's `state_dict` holds the average, so that whoever loads the file gets the weights that were scored;
       the live weights stand in the callback's state, and training resumes from them.
     - Evaluation of weights from a file (`trainer.test(ckpt_path=…)`) uses those as they are.
@@ -86,7 +86,7 @@ class EMA(Callback):
             self._restored = checkpoint["callbacks"].get(self.state_key)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the parameters; after a resume put the average into the shadow and the live weights into the module."""
+        """Choose the parameters; after a resume put average and live weights where they belong."""
         self._live = _select(pl_module, self.parameters)
         self._shadow, self.updates = {}, 0
         restored, self._restored = self._restored, None

@@ -56,7 +56,8 @@ class ExactResume(Callback):
 
 def random_state() -> dict[str, Any]:
     """The state of all global generators of this process, in types that `torch.load(weights_only=True)` reads."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    numpy_state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = numpy_state
     return {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],

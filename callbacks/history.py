@@ -1,6 +1,6 @@
 """`training_history.json`: one record an epoch.
 
-    {"epoch": 12, "train_loss": 0.0231, "val_loss": 0.0219, "lr": 0.0002, "seconds": 8.1}
+{"epoch": 12, "train_loss": 0.0231, "val_loss": 0.0219, "lr": 0.0002, "seconds": 8.1}
 """
 
 import time

@@ -9,7 +9,8 @@ from pathlib import Path
 def check(folder: Path) -> None:
     wheel, sdist = next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
     in_wheel = set(zipfile.ZipFile(wheel).namelist())
-    in_sdist = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     root = Path(__file__).resolve().parents[1]
     configs = {str(path.relative_to(root)) for path in (root / "configs").rglob("*.yaml")}
     modules = {str(path.relative_to(root)) for top in ("callbacks", "tasks") for path in (root / top).rglob("*.py")}
@@ -24,7 +25,9 @@ def check(folder: Path) -> None:
     assert "trainerkit/py.typed" in in_wheel
     tests = [name for name in in_wheel | in_sdist if "tests/" in name or name.startswith("tests")]
     assert not tests, f"tests are shipped: {tests[:5]}"
-    print(f"{wheel.name}: {len(in_wheel)} files, {sdist.name}: {len(in_sdist)} files; configs and licences in, tests out")
+    print(
+        f"{wheel.name}: {len(in_wheel)} files, {sdist.name}: {len(in_sdist)} files; configs and licences in, tests out"
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from tests.support import ROOT, smooth_spectra
 
+from tests.support import ROOT, smooth_spectra
 from trainerkit.compose import compose_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -24,8 +24,8 @@ SHORT = [
     "trainer.limit_test_batches=1", "callbacks.progress_bar=null",
     "callbacks.reconstruction_report.pictures=false",
 ]  # fmt: skip
-# CI runs these as they are (.ci/run); here they would install into the test's own environment.
-BY_CI = ("pip install", ".ci/run", "pytest tests/callbacks", "ruff check")
+# CI runs the first of these as they are (.ci/run); benchmarks are run by hand, and imported below.
+BY_CI = ("pip install", ".ci/run", "pytest tests/callbacks", "ruff check", "python -m tests.benchmarks")
 
 
 def blocks(page, language):
@@ -163,6 +163,15 @@ def test_your_own_task_in_ten_minutes_word_by_word(tmp_path):
     assert "1 passed" in run(contract, tmp_path)
 
 
+def test_every_benchmark_that_is_named_can_be_started():
+    import importlib
+
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    named = re.findall(r"python -m (tests\.benchmarks\.\w+)", text)
+    assert len(named) == 3
+    assert all(callable(importlib.import_module(name).main) for name in named)
+
+
 def test_links_lead_somewhere():
     checked = 0
     for page in PAGES:
@@ -227,6 +236,6 @@ def test_the_documents_example_is_to_the_letter():
 
 
 def test_pictures_in_the_docs_are_small():
-    pictures = [path for path in (ROOT / "docs").rglob("*.png")]
+    pictures = list((ROOT / "docs").rglob("*.png"))
     assert pictures
     assert all(Path(path).stat().st_size < 200_000 for path in pictures)

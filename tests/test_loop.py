@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from lightning import pytorch as pl
-from tests.support import ToyModule, toy_loader
 
+from tests.support import ToyModule, toy_loader
 from trainerkit.loop import FastTrainingEpochLoop
 from trainerkit.trainer import Trainer
 

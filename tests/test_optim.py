@@ -80,7 +80,9 @@ def test_warmup_linear_at_its_knots():
 
 
 def test_schedules_scale_with_the_rate_and_stay_between_the_floor_and_it():
-    small, large = (factors(warmup_cosine, 30, lr=lr, total_steps=30, warmup_steps=5, min_lr_scale=0.1) for lr in (1, 7))
+    small, large = (
+        factors(warmup_cosine, 30, lr=lr, total_steps=30, warmup_steps=5, min_lr_scale=0.1) for lr in (1, 7)
+    )
     assert large == pytest.approx([7 * value for value in small])
     assert all(0.1 - 1e-12 <= value <= 1 for value in small)
 
@@ -113,4 +115,6 @@ def test_make_scheduler_fills_only_what_was_left_open():
     assert make_scheduler(cosine, optimizer, total_steps=77, steps_per_epoch=7).T_max == 77
     fixed = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=9)
     assert make_scheduler(fixed, optimizer, total_steps=77, steps_per_epoch=7).T_max == 9
-    assert math.isclose(make_scheduler(warmup_cosine, optimizer, total_steps=70, steps_per_epoch=7).get_last_lr()[0], 1 / 7)
+    assert math.isclose(
+        make_scheduler(warmup_cosine, optimizer, total_steps=70, steps_per_epoch=7).get_last_lr()[0], 1 / 7
+    )

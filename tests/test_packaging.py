@@ -5,6 +5,7 @@ import sys
 import tomllib
 
 import pytest
+
 from tests.support import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.support import ROOT, trainerkit
 
+from tests.support import ROOT, trainerkit
 from trainerkit.errors import UserError
 from trainerkit.plugins import AllowList
 
@@ -111,7 +111,9 @@ def test_the_command_line_and_the_environment_allow_but_no_config_does(tmp_path,
     monkeypatch.delenv("TRAINERKIT_ALLOW")
     folder = tmp_path / "mine" / "experiment"
     folder.mkdir(parents=True)
-    text = "# @package _global_\n# Evil.\nallow: os\ntask:\n  augment:\n    _target_: os.system\n    command: touch ran\n"
+    text = (
+        "# @package _global_\n# Evil.\nallow: os\ntask:\n  augment:\n    _target_: os.system\n    command: touch ran\n"
+    )
     (folder / "evil.yaml").write_text(text)
     arguments = ["--config-dir", "mine", "task=mae", "experiment=evil", "data.batch_size=8", "out_dir=run"]
     answer = trainerkit(*arguments, cwd=tmp_path)

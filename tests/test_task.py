@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.support import ToyModule, toy_loader, toy_trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support import ToyModule, toy_loader, toy_trainer
 from trainerkit.optim import warmup_cosine
 from trainerkit.task import Task
 

@@ -5,7 +5,6 @@ parameter of its target, and every value must fit the parameter's annotation. Wh
 (`ValueError` that begins with the parameter's name) is reported under the key's full path.
 """
 
-import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +13,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from trainerkit.compose import did_you_mean
-from trainerkit.errors import UserError
+from trainerkit.errors import UserError, did_you_mean
 from trainerkit.extras import missing_in
 from trainerkit.plugins import AllowList
 from trainerkit.signatures import describe, fits, parameters, required
@@ -56,7 +54,7 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield key, node
-        for name in node:
+        for name in map(str, node):
             if not OmegaConf.is_missing(node, name):
                 yield from _targets(node[name], f"{key}.{name}")
     elif isinstance(node, ListConfig):
@@ -70,7 +68,7 @@ def _check_target(node: DictConfig, key: str, allow: AllowList, given: frozenset
     except ImportError as error:
         raise missing_in(error, key) from error
     hints = parameters(target)
-    for name in node:
+    for name in map(str, node):
         if OmegaConf.is_missing(node, name):
             raise UserError(f"{key}.{name}: needs a value; give it by {key}.{name}=…")
     values = {str(name): node[name] for name in node if name not in _SPECIAL_KEYS}

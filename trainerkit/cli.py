@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainerkit.errors import UserError
+from trainerkit.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -152,10 +152,8 @@ def _with_overrides_of_run(overrides: list[str]) -> list[str]:
 
 
 def _no_task(overrides: list[str]) -> str:
-    import difflib
-
     keys = [override.partition("=")[0] for override in overrides]
-    near = next((key for key in keys if difflib.get_close_matches(key, ["task"])), None)
+    near = next((key for key in keys if nearest(key, ["task"])), None)
     misspelt = f"{near}: there is no such key. Did you mean task?" if near else "no task was chosen. Add task=NAME."
     return f"{misspelt} `python -m trainerkit` lists the tasks."
 
@@ -178,7 +176,9 @@ def _take_option(arguments: list[str], *names: str) -> tuple[str | None, list[st
 
 def _take_allowed(arguments: list[str]) -> tuple[list[str], list[str]]:
     """`allow=` is not a config key: no config file may say what is trusted."""
-    trusted = [name for a in arguments if a.startswith("allow=") for name in a.removeprefix("allow=").strip("[]").split(",")]
+    trusted = [
+        name for a in arguments if a.startswith("allow=") for name in a.removeprefix("allow=").strip("[]").split(",")
+    ]
     return trusted, [argument for argument in arguments if not argument.startswith("allow=")]
 
 

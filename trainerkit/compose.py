@@ -1,7 +1,6 @@
 """From command-line overrides to a config, with every misspelling answered by the nearest right word."""
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -15,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainerkit.errors import UserError
+from trainerkit.errors import UserError, did_you_mean, either, nearest
 from trainerkit.plugins import register_search_path
 
 CONFIG_MODULE = "trainerkit.configs"
@@ -51,7 +50,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
             raise UserError(_first_lines(error)) from error
 
 
-class config_loader:  # noqa: N801 - reads as a context manager, like open()
+class config_loader:
     """Context manager around Hydra's global state: gives the loader that lists groups and choices."""
 
     def __init__(self, config_dir: str | None = None) -> None:
@@ -166,34 +165,20 @@ def _suggestion(key: str, config: DictConfig, keys: list[str]) -> str:
     node = OmegaConf.select(config, parent) if parent else config
     beside = [str(name) for name in node] if isinstance(node, DictConfig) else []
     prefix = f"{parent}." if parent else ""
-    near = [prefix + name for name in _near(last, beside)]
-    near += [name for name in _near(key, keys) if name not in near]
+    near = [prefix + name for name in nearest(last, beside)]
+    near += [name for name in nearest(key, keys) if name not in near]
     near += [name for name in keys if name.rpartition(".")[2] == last and name not in near]
     if near:
-        return f"Did you mean {_or(near[:4])}?"
+        return f"Did you mean {either(near[:4])}?"
     listing = f" {parent or 'At the top'} has: {', '.join(beside)}." if beside else ""
     return f"{listing} To add a new key, write +{key}=…".strip()
-
-
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """'Did you mean a or b?', or nothing if nothing is near."""
-    near = _near(given, list(allowed))
-    return f"Did you mean {_or(near)}?" if near else ""
-
-
-def _near(given: str, allowed: list[str]) -> list[str]:
-    return difflib.get_close_matches(given, allowed, n=3, cutoff=0.6)
-
-
-def _or(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a config, interpolations unresolved."""
     if not isinstance(node, DictConfig):
         return
-    for name in node:
+    for name in map(str, node):
         key = f"{prefix}{name}"
         yield key
         child = None if OmegaConf.is_missing(node, name) else node._get_node(name)

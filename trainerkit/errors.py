@@ -1,4 +1,7 @@
-"""The one exception that the command line prints without a traceback."""
+"""Errors for people, and the words they are made of."""
+
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -6,3 +9,19 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with code 2.
     """
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """'Did you mean a or b?', or nothing if nothing is near."""
+    near = nearest(given, allowed)
+    return f"Did you mean {either(near)}?" if near else ""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> list[str]:
+    """At most three of `allowed` that resemble `given`, the nearest first."""
+    return difflib.get_close_matches(given, list(allowed), n=3, cutoff=0.6)
+
+
+def either(names: Sequence[str]) -> str:
+    """'a', 'a or b', 'a, b or c'."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

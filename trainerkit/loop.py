@@ -1,13 +1,14 @@
 """Lightning's training loop without what a small step pays for nothing.
 
-In every batch Lightning calls each callback's every hook, whether it does anything or not, enters a context around each
-of these calls, inspects the signature of `training_step`, and wraps the step into four closures. On a model of a
-millisecond a step that is most of the time. `FastTrainingEpochLoop` looks once an epoch which hooks do anything and calls
-those, in the same order and with the same counters; whatever is not the plain case goes through Lightning's own code.
+In every batch Lightning calls each callback's every hook, whether it does anything or not, enters a context around
+each of these calls, inspects the signature of `training_step`, and wraps the step into four closures. On a model of a
+millisecond a step that is most of the time. `FastTrainingEpochLoop` looks once an epoch which hooks do anything and
+calls those, in the same order and with the same counters; whatever is not the plain case goes through Lightning's own
+code.
 
 tests/test_loop.py holds the order of hooks, the weights, the metrics and the checkpoints of both against each other;
-tests/benchmarks/small_steps.py prints what it saves. Written against the internals of lightning 2.6, which pyproject.toml
-pins.
+tests/benchmarks/small_steps.py prints what it saves. Written against the internals of lightning 2.6, which
+pyproject.toml pins.
 """
 
 from collections.abc import Callable

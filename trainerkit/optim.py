@@ -85,9 +85,11 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module, *, allo
     given = dict(getattr(factory, "keywords", {}))
     known = inspect.signature(factory).parameters
     weight_decay = given.get("weight_decay", _default(known, "weight_decay"))
-    groups = parameter_groups(module, weight_decay) if weight_decay is not None else [
-        {"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}
-    ]
+    groups = (
+        parameter_groups(module, weight_decay)
+        if weight_decay is not None
+        else [{"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}]
+    )
     chosen_otherwise = any(given.get(name) for name in ("foreach", "capturable", "differentiable"))
     extra: dict[str, Any] = {}
     if "fused" in known and given.get("fused") is None and not chosen_otherwise:
@@ -158,7 +160,9 @@ def warmup_cosine(
     Raises:
         ValueError: for a factor outside [0, 1], a negative warm-up, or a length that is still open.
     """
-    return _warmup(warmup_cosine_factor, optimizer, total_steps, steps_per_epoch, warmup_epochs, warmup_steps, min_lr_scale)
+    return _warmup(
+        warmup_cosine_factor, optimizer, total_steps, steps_per_epoch, warmup_epochs, warmup_steps, min_lr_scale
+    )
 
 
 def warmup_linear(
@@ -171,7 +175,9 @@ def warmup_linear(
     min_lr_scale: float = 0.0,
 ) -> LambdaLR:
     """Warm-up and linear decay, `warmup_linear_factor` on every group's learning rate; arguments as `warmup_cosine`."""
-    return _warmup(warmup_linear_factor, optimizer, total_steps, steps_per_epoch, warmup_epochs, warmup_steps, min_lr_scale)
+    return _warmup(
+        warmup_linear_factor, optimizer, total_steps, steps_per_epoch, warmup_epochs, warmup_steps, min_lr_scale
+    )
 
 
 def _warmup(
@@ -201,4 +207,3 @@ def _warmup(
 
 def _default(known: Mapping[str, inspect.Parameter], name: str) -> Any:
     return known[name].default if name in known else None
-

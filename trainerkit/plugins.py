@@ -120,8 +120,8 @@ class AllowList:
                 f"If you trust this config, add allow={package} to the command line."
             )
         return (
-            f"{key}._target_={target}: configs may build only from {', '.join(sorted(self.packages))}, torch, lightning "
-            f"and torchmetrics. If you trust this config, add allow={package} to the command line "
+            f"{key}._target_={target}: configs may build only from {', '.join(sorted(self.packages))}, torch, "
+            f"lightning and torchmetrics. If you trust this config, add allow={package} to the command line "
             f"(or set {ALLOW_VARIABLE}={package})."
         )
 

@@ -70,7 +70,9 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList) -> dict[str, fl
         return _evaluate(str(cfg.stage), out_dir, trainer, task, data, checkpoint)
 
 
-def _build_all(cfg: DictConfig, out_dir: Path, allow: AllowList) -> tuple[LightningDataModule, LightningModule, Trainer]:
+def _build_all(
+    cfg: DictConfig, out_dir: Path, allow: AllowList
+) -> tuple[LightningDataModule, LightningModule, Trainer]:
     """Build every part, data first: the config may ask it for sizes by `${data_module:…}`."""
     if cfg.get("data") is None:
         raise UserError("data: a run needs data; choose one by data=NAME, see --help.")
@@ -123,7 +125,10 @@ def _fit(
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
     except StopRequested as stop:
         step = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
-        _say(trainer, f"\nStopped by {stop.signal} in {step}; saved {stop.path}\nTo go on:\n  {_command(overrides, out_dir)}")
+        _say(
+            trainer,
+            f"\nStopped by {stop.signal} in {step}; saved {stop.path}\nTo go on:\n  {_command(overrides, out_dir)}",
+        )
         raise
     epochs = trainer.current_epoch
     stopped = next((c.reason for c in trainer.callbacks if isinstance(c, EarlyStopping) and c.reason), None)
@@ -136,13 +141,19 @@ def _fit(
         limits = {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps}
         reason = f"{epochs} epochs, {stopped or 'the whole length'}"
         write_json(out_dir / "results.json", {"stopped": reason, "limits": limits, "metrics": metrics})
+        print(f"\nTrained for {reason}.")
         _print_metrics(metrics)
         _print_files(out_dir)
     return metrics
 
 
 def _evaluate(
-    stage: str, out_dir: Path, trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: Path | None
+    stage: str,
+    out_dir: Path,
+    trainer: Trainer,
+    task: LightningModule,
+    data: LightningDataModule,
+    checkpoint: Path | None,
 ) -> dict[str, float]:
     if stage == "predict":
         trainer.predict(task, datamodule=data, ckpt_path=checkpoint, return_predictions=False)
@@ -192,7 +203,7 @@ def _is_finished(results_path: Path, cfg: DictConfig) -> bool:
     return bool(limits == {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps})
 
 
-class _advice:  # noqa: N801 - used like contextlib.suppress
+class _advice:
     """Turns what a checkpoint that does not fit raises into an error that says what differs."""
 
     def __init__(self, checkpoint: Path | None, out_dir: Path, cfg: DictConfig) -> None:
@@ -233,7 +244,7 @@ def _differences(before: Any, now: DictConfig, part: str) -> Iterator[str]:
 
 def _flat(node: Any, key: str) -> Iterator[tuple[str, Any]]:
     if isinstance(node, DictConfig):
-        for name in node:
+        for name in map(str, node):
             yield from _flat(node[name], f"{key}.{name}")
     else:
         yield key, node

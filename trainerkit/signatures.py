@@ -14,7 +14,9 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     A constructor that passes `**kwargs` on to its base class has the base's parameters as well.
     """
     found: dict[str, inspect.Parameter] = {}
-    functions = [target] if not isinstance(target, type) else [c.__init__ for c in target.__mro__ if "__init__" in vars(c)]  # type: ignore[misc]
+    functions: list[Callable[..., Any]] = [target]
+    if isinstance(target, type):
+        functions = [vars(owner)["__init__"] for owner in target.__mro__ if "__init__" in vars(owner)]
     for function in functions:
         signature = inspect.signature(function)
         hints = _hints(inspect.unwrap(function))
@@ -111,7 +113,7 @@ def _words(hint: Any) -> str:
 
 def required(target: Callable[..., Any]) -> list[str]:
     """The named parameters that a class or function cannot do without."""
-    function = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    function = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [
         name

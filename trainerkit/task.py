@@ -69,9 +69,7 @@ class Task(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def track(
-        self, name: str, value: Tensor, weight: float = 1.0, reduction: Literal["mean", "sum"] = "mean"
-    ) -> None:
+    def track(self, name: str, value: Tensor, weight: float = 1.0, reduction: Literal["mean", "sum"] = "mean") -> None:
         """Keep a scalar for its mean (or sum) over the epoch, without a copy to the host.
 
         Args:

@@ -9,6 +9,7 @@ Each raises AssertionError with a sentence that says what is missing.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from trainerkit.trainer import Trainer
 _SEED = 17
 
 
-def check_task(make_task: Callable[[], LightningModule], make_data: Callable[[], LightningDataModule], folder: Path) -> None:
+def check_task(
+    make_task: Callable[[], LightningModule], make_data: Callable[[], LightningDataModule], folder: Path
+) -> None:
     """Train a task on a few batches and check what every task must keep.
 
     - the loss of every step is finite, and `train/loss` is logged;
@@ -47,10 +50,8 @@ def check_task(make_task: Callable[[], LightningModule], make_data: Callable[[],
     assert not watch.without_gradient, f"no gradient ever reached {sorted(watch.without_gradient)}"
 
     cut = folder / "cut"
-    try:
+    with suppress(_Killed):
         _fit(make_task, make_data, cut, [_Kill(2)])
-    except _Killed:
-        pass
     last = cut / "checkpoints" / "last.ckpt"
     torch.load(last, weights_only=True)
     resumed, _ = _fit(make_task, make_data, cut, [], last)

@@ -22,6 +22,10 @@ class Trainer(pl.Trainer):
         ValueError: for a negative `gradient_clip_val`, which Lightning would take for no clipping.
     """
 
+    # Lightning's connectors set these, so that type checkers do not see them.
+    callbacks: list[pl.Callback]
+    datamodule: pl.LightningDataModule | None
+
     def __init__(self, *, enable_tf32: bool = False, **kwargs: Any) -> None:
         clip = kwargs.get("gradient_clip_val")
         if clip is not None and clip < 0:

@@ -85,7 +85,8 @@ def tangent_noise(x: Tensor, noise: Tensor, angle: Tensor) -> Tensor:
     tangent = tangent - (tangent * unit).sum(1, keepdim=True) * unit
     tangent = torch.nn.functional.normalize(tangent, dim=1)
     angle = angle[:, None]
-    return mean + centred * angle.cos() + norm * tangent * angle.sin()
+    turned: Tensor = mean + centred * angle.cos() + norm * tangent * angle.sin()
+    return turned
 
 
 def _like(x: Tensor, reference: Tensor) -> Tensor:
@@ -93,7 +94,8 @@ def _like(x: Tensor, reference: Tensor) -> Tensor:
     mean = reference.mean(1, keepdim=True)
     centred = x - x.mean(1, keepdim=True)
     norm = centred.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return mean + centred * ((reference - mean).norm(dim=1, keepdim=True) / norm)
+    scaled: Tensor = mean + centred * ((reference - mean).norm(dim=1, keepdim=True) / norm)
+    return scaled
 
 
 def _uniform(size: int, span: tuple[float, ...], like: Tensor) -> Tensor:

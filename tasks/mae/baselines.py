@@ -27,9 +27,7 @@ def linear_interpolation(x: Tensor, hidden: Tensor) -> Tensor:
         hidden: True where hidden, (N, L) bool.
     """
     places = np.arange(x.shape[1])
-    filled = [
-        np.interp(places, places[seen], row[seen]) for row, seen in zip(x.numpy(), ~hidden.numpy(), strict=True)
-    ]
+    filled = [np.interp(places, places[seen], row[seen]) for row, seen in zip(x.numpy(), ~hidden.numpy(), strict=True)]
     return torch.from_numpy(np.stack(filled)).to(x.dtype)
 
 

@@ -191,7 +191,9 @@ class LatentClusters(Callback):
             curves["inertia"].append(inertia)
             sample = min(2000, len(part))
             curves["silhouette"].append(
-                float(metrics.silhouette_score(part, labels, metric="cosine", sample_size=sample, random_state=self.seed))
+                float(
+                    metrics.silhouette_score(part, labels, metric="cosine", sample_size=sample, random_state=self.seed)
+                )
             )
             curves["vmf_bic"].append(fit_vmf_mixture(part, count, seed=self.seed).bic)
         chosen = {

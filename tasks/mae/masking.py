@@ -54,7 +54,9 @@ def visible_from_mask(visible_mask: Tensor, n_patches: int) -> Tensor:
         raise ValueError("visible_mask: each patch must be visible or hidden as a whole")
     counts = patches.all(2).sum(1)
     if len(counts.unique()) > 1:
-        raise ValueError(f"visible_mask: all samples must see the same number of patches, got {counts.unique().tolist()}")
+        raise ValueError(
+            f"visible_mask: all samples must see the same number of patches, got {counts.unique().tolist()}"
+        )
     return patches.all(2).int().argsort(dim=1, descending=True, stable=True)[:, : int(counts[0])]
 
 

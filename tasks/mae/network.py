@@ -5,11 +5,13 @@ vision learners', CVPR 2022, arXiv:2111.06377). Two decoders:
 
 - `latent`: an MLP from the class token's projection to the whole signal, as in ChemoMAE. All that is known of the
   signal passes through `latent_dim` numbers.
-- `tokens`: a small transformer over the encoded visible patches, the latent and learned mask tokens, as in the original.
+- `tokens`: a small transformer over the encoded visible patches, the latent and learned mask tokens, as in the
+  original.
 
 Shapes: B batch, L length of a signal, P patches, S = L/P length of a patch, V visible patches, D width, Z latent.
 """
 
+import itertools
 from typing import Literal
 
 import torch
@@ -180,7 +182,7 @@ class LatentDecoder(nn.Module):
         super().__init__()
         widths = [latent_dim] + [seq_len] * num_layers
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in itertools.pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.GELU()]
         # A single layer is not wrapped, as in the published weights.
         self.net = nn.Sequential(*layers[:-1]) if num_layers > 1 else layers[0]
@@ -245,6 +247,5 @@ def _about_patches(seq_len: int, n_patches: int) -> str:
     crop = f" or crop to {down} (data.seq_len={down} data.fit_length=crop)" if down else ""
     up = down + n_patches
     return (
-        f"must divide seq_len={seq_len}; {fitting}pad the signals to {up} "
-        f"(data.seq_len={up} data.fit_length=pad){crop}"
+        f"must divide seq_len={seq_len}; {fitting}pad the signals to {up} (data.seq_len={up} data.fit_length=pad){crop}"
     )

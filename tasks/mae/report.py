@@ -1,8 +1,8 @@
 """What a trained masked autoencoder is worth, beside what needs no network: figures and pictures after each test.
 
-Figures, logged as `test/…`: the masked error of mean fill, linear interpolation and the Gaussian conditional on the same
-signals and masks; where there are labels, the share of test signals that are classified rightly from the latents and
-from the raw signals. Pictures: reconstructions, the latents in two dimensions, the curves of the history.
+Figures, logged as `test/…`: the masked error of mean fill, linear interpolation and the Gaussian conditional on the
+same signals and masks; where there are labels, the share of test signals that are classified rightly from the latents
+and from the raw signals. Pictures: reconstructions, the latents in two dimensions, the curves of the history.
 """
 
 import json
@@ -38,9 +38,9 @@ class ReconstructionReport(Callback):
     """Compare with baselines after each test, and draw.
 
     Args:
-        probes: classify the test signals where the data have labels: by logistic regression and the nearest neighbour on
-            the latents, the nearest neighbour and a support vector machine on the raw signals. Class 0 means no label if
-            it is named 'unlabelled'.
+        probes: classify the test signals where the data have labels: by logistic regression and the nearest neighbour
+            on the latents, the nearest neighbour and a support vector machine on the raw signals. Class 0 means no
+            label if it is named 'unlabelled'.
         pictures: write reconstruction.png, latents.png and history.png into the run's folder.
     """
 

@@ -1,8 +1,8 @@
 """A pre-norm transformer block, with the parameter names of `torch.nn.TransformerEncoderLayer`.
 
 torch's layer takes a general path (mask merging, transposes for its batch-second internals) and its encoder checks
-masks on every call; where no token is padding, the block below does the same arithmetic with fewer copies. The names are
-kept so that weights trained with torch's layer load as they are.
+masks on every call; where no token is padding, the block below does the same arithmetic with fewer copies. The names
+are kept so that weights trained with torch's layer load as they are.
 
 Shapes: B batch, N tokens, D width, H heads.
 """
@@ -70,7 +70,8 @@ class Block(nn.Module):
         """(B, N, D) to (B, N, D), or to (B, `first`, D): the first tokens only."""
         x = x[:, :first] + self.dropout(self.self_attn(self.norm1(x), first))
         hidden = self.dropout(F.gelu(self.linear1(self.norm2(x))))
-        return x + self.dropout(self.linear2(hidden))
+        out: Tensor = x + self.dropout(self.linear2(hidden))
+        return out
 
 
 class Transformer(nn.Module):

@@ -1,8 +1,9 @@
 """The documented masked autoencoder trained three ways: `python -m tests.benchmarks.mae_training`.
 
-256 bands, 16 patches of which 12 are hidden, width 256, 4 layers, the latent decoder; batches of 128 and 1,024; average of
-the weights, gradient clipping, warm-up and cosine everywhere. Contenders: a hand-written loop, trainerkit with its default
-callbacks, and the trainer of the package chemomae 0.2.4 where it is installed (pip install chemomae==0.2.4).
+256 bands, 16 patches of which 12 are hidden, width 256, 4 layers, the latent decoder; batches of 128 and 1,024;
+average of the weights, gradient clipping, warm-up and cosine everywhere. Contenders: a hand-written loop, trainerkit
+with its default callbacks, and the trainer of the package chemomae 0.2.4 where it is installed (pip install
+chemomae==0.2.4).
 
 Peak memory of a contender is that of a process of its own.
 """
@@ -37,7 +38,15 @@ from trainerkit.trainer import Trainer
 
 STEPS = {128: 20, 1024: 8}
 LENGTH = 256
-SIZES = {"seq_len": LENGTH, "n_patches": 16, "n_mask": 12, "latent_dim": 64, "d_model": 256, "nhead": 4, "num_layers": 4}
+SIZES = {
+    "seq_len": LENGTH,
+    "n_patches": 16,
+    "n_mask": 12,
+    "latent_dim": 64,
+    "d_model": 256,
+    "nhead": 4,
+    "num_layers": 4,
+}
 OPTIMIZER = partial(torch.optim.AdamW, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.05)
 SCHEDULE = partial(warmup_cosine, warmup_steps=10, min_lr_scale=0.1)
 

@@ -1,8 +1,8 @@
 """What the framework costs where steps are small: `python -m tests.benchmarks.small_steps`.
 
-Three linear layers of 64, batches of 64, one thread. The hand-written loop exists twice: bare (forward, backward, AdamW),
-and with the same work as trainerkit's default stack (shuffled batches, weight-decay groups, an average of the weights, the
-epoch's mean loss).
+Three linear layers of 64, batches of 64, one thread. The hand-written loop exists twice: bare (forward, backward,
+AdamW), and with the same work as trainerkit's default stack (shuffled batches, weight-decay groups, an average of the
+weights, the epoch's mean loss).
 """
 
 import sys

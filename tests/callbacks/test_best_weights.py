@@ -3,8 +3,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.support import ToyModule, toy_loader, toy_trainer
 
+from tests.support import ToyModule, toy_loader, toy_trainer
 from trainerkit.callbacks import EMA, BestWeights
 
 

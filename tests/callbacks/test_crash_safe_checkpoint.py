@@ -3,8 +3,8 @@ import signal
 
 import pytest
 import torch
-from tests.support import ToyModule, toy_loader, toy_trainer
 
+from tests.support import ToyModule, toy_loader, toy_trainer
 from trainerkit.callbacks import CrashSafeCheckpoint, StopRequested
 
 

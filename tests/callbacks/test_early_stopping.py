@@ -1,7 +1,7 @@
 import pytest
 import torch
-from tests.support import ToyModule, toy_loader, toy_trainer
 
+from tests.support import ToyModule, toy_loader, toy_trainer
 from trainerkit.callbacks import CrashSafeCheckpoint, EarlyStopping
 
 

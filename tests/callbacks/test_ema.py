@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.support import ToyModule, toy_loader, toy_trainer
 from torch import nn
 
+from tests.support import ToyModule, toy_loader, toy_trainer
 from trainerkit.callbacks import EMA, BestWeights, CrashSafeCheckpoint
 from trainerkit.callbacks.ema import ema_decay, ema_update_
 
@@ -179,7 +179,9 @@ def test_patterns_choose_parameters_and_a_wrong_one_lists_the_nearest(tmp_path):
     ema = EMA(parameters="layer.b*")
     fit(tmp_path, ema, max_epochs=1)
     assert set(ema._shadow) == {"layer.bias"}
-    with pytest.raises(ValueError, match=r"parameters=layr\.weigth: matches no parameter; the nearest are layer\.weight"):
+    with pytest.raises(
+        ValueError, match=r"parameters=layr\.weigth: matches no parameter; the nearest are layer\.weight"
+    ):
         fit(tmp_path, EMA(parameters="layr.weigth"))
 
 

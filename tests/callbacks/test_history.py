@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from tests.support import ToyModule, toy_loader, toy_trainer
 
+from tests.support import ToyModule, toy_loader, toy_trainer
 from trainerkit.callbacks import CrashSafeCheckpoint, History
 
 
@@ -40,7 +40,9 @@ def test_one_file_over_restarts_equals_the_uninterrupted_one(tmp_path):
     fit(cut, 2, callbacks=[CrashSafeCheckpoint()])
     kept = last.read_bytes()
     fit(cut, 4, last, callbacks=[CrashSafeCheckpoint()])
-    last.write_bytes(kept)  # as if killed before the later checkpoints: epochs 3 and 4 stand in the file, not in the run
+    last.write_bytes(
+        kept
+    )  # as if killed before the later checkpoints: epochs 3 and 4 stand in the file, not in the run
     _, records = fit(cut, 5, last, callbacks=[CrashSafeCheckpoint()])
     assert without_seconds(records) == without_seconds(whole)
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support import ToyModule, toy_trainer
 
+from tests.support import ToyModule, toy_trainer
 from trainerkit.callbacks import SavePredictions
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
 

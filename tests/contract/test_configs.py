@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tests.support import ROOT, smooth_spectra
 
+from tests.support import ROOT, smooth_spectra
 from trainerkit.build import build, check
 from trainerkit.compose import choices, compose_config, config_loader
 from trainerkit.errors import UserError
@@ -149,7 +149,9 @@ def test_data_keep_the_contract(path, tmp_path, monkeypatch):
 
 def small_mae(choice):
     """A tiny task on tiny data, otherwise as the choice says."""
-    cfg = compose_config([choice, "data=spectra", "data.path=spectra.npy", "task.network.n_patches=8", "task.network.n_mask=5"])
+    cfg = compose_config(
+        [choice, "data=spectra", "data.path=spectra.npy", "task.network.n_patches=8", "task.network.n_mask=5"]
+    )
     OmegaConf.register_new_resolver("data_module", lambda key: 40, replace=True)
     cfg.task.network.update(d_model=16, nhead=2, num_layers=1, dim_feedforward=32, latent_dim=4)
     if "decoder_dim" in cfg.task.network:

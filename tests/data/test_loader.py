@@ -1,8 +1,14 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
+
+
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
 
 
 def positions(**options):
@@ -17,7 +23,7 @@ def test_an_epoch_holds_every_row_once_in_another_order_each_time():
         batches.set_epoch(epoch)
         found = [batch.tolist() for batch in batches]
         assert len(found) == len(batches) == 6
-        assert sorted(sum(found, [])) == list(range(23))
+        assert sorted(flat(found)) == list(range(23))
         orders.append(found)
     assert orders[0] != orders[1] != orders[2]
     assert positions() == orders[0]
@@ -37,14 +43,14 @@ def test_batch_k_of_all_ranks_is_batch_k_of_one_process(world):
     single = positions(length=24, batch_size=4 * world)
     ranks = [positions(length=24, num_replicas=world, rank=rank) for rank in range(world)]
     for k, batch in enumerate(single):
-        assert sorted(sum((rank[k] for rank in ranks), [])) == sorted(batch)
+        assert sorted(flat(rank[k] for rank in ranks)) == sorted(batch)
 
 
 def test_training_gives_every_rank_as_many_batches_and_evaluation_every_row_once():
     ranks = [positions(length=17, num_replicas=2, rank=rank) for rank in range(2)]
     assert [len(batch) for batch in ranks[0]] == [len(batch) for batch in ranks[1]]
     ranks = [positions(length=17, num_replicas=2, rank=rank, even=False) for rank in range(2)]
-    assert sorted(sum(sum(ranks, []), [])) == list(range(17))
+    assert sorted(flat(flat(ranks))) == list(range(17))
     assert len(EpochBatches(17, 4, shuffle=False, even=False, num_replicas=2, rank=1)) == len(ranks[1])
 
 
@@ -70,7 +76,9 @@ def test_a_loader_goes_on_where_it_was(workers):
 
 def test_resuming_in_mid_epoch_with_another_batch_size_is_refused():
     loader = BatchLoader(ArrayDataset({"x": torch.arange(9)}), EpochBatches(9, 3, shuffle=False))
-    with pytest.raises(ValueError, match="batch_size=3: the checkpoint stands in the middle of an epoch with batches of 4"):
+    with pytest.raises(
+        ValueError, match="batch_size=3: the checkpoint stands in the middle of an epoch with batches of 4"
+    ):
         loader.load_state_dict({"batches": 1, "batch_size": 4})
     loader.load_state_dict({"batches": 0, "batch_size": 4})
 

@@ -88,7 +88,9 @@ class SpectraData(LightningDataModule):
             if not 0 <= fraction < 1:
                 raise ValueError(f"{name}={fraction}: must be from 0 to below 1")
         if val_fraction + test_fraction >= 1:
-            raise ValueError(f"test_fraction={test_fraction}: with val_fraction={val_fraction} nothing is left to train on")
+            raise ValueError(
+                f"test_fraction={test_fraction}: with val_fraction={val_fraction} nothing is left to train on"
+            )
         for name, number in {"batch_size": batch_size, "block_size": block_size}.items():
             if number < 1:
                 raise ValueError(f"{name}={number}: must be 1 or more")
@@ -196,9 +198,7 @@ class SpectraData(LightningDataModule):
         dataset = self._datasets[name]
         world = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank} if self.trainer else {}
         batches = EpochBatches(len(dataset), self.batch_size, shuffle=shuffle, seed=self.seed, even=even, **world)
-        return BatchLoader(
-            dataset, batches, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
-        )
+        return BatchLoader(dataset, batches, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
     def _check_length(self, bands: int) -> None:
         if self._seq_len is None or self._seq_len == bands:

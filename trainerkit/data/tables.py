@@ -42,7 +42,9 @@ def read_table(path: str | Path, label: str | None = None) -> tuple[Table, Table
         raise UserError(f"{path}: the file is empty.")
     if path.suffix == ".npy":
         if label is not None:
-            raise UserError(f"{path}: a .npy file has no named columns, so no label={label}; use .npz, .csv or .parquet.")
+            raise UserError(
+                f"{path}: a .npy file has no named columns, so no label={label}; use .npz, .csv or .parquet."
+            )
         return _numbers(_load_numpy(path), path), None
     reader = {".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
     table, labels = reader(path, label)
@@ -56,7 +58,9 @@ def check_finite(table: Table, path: str | Path) -> None:
         if bad.any():
             row, column = np.argwhere(bad)[0]
             value = table[start + row, column]
-            raise UserError(f"{path}: row {start + row}, column {column} (both from 0) is {value}, not a finite number.")
+            raise UserError(
+                f"{path}: row {start + row}, column {column} (both from 0) is {value}, not a finite number."
+            )
 
 
 def mean_and_std(table: Table, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
