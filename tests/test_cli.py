@@ -277,6 +277,18 @@ def test_a_killed_run_ends_as_if_never_killed(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_run_that_died_after_its_last_epoch_is_tested_and_finished(finished, tmp_path):
+    import shutil
+
+    source, _ = finished
+    shutil.copytree(source / "run", tmp_path / "run")
+    np.save(tmp_path / "spectra.npy", smooth_spectra())
+    (tmp_path / "run" / "results.json").unlink()
+    answer = small("out_dir=run", folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert_same_run(source / "run", tmp_path / "run")
+
+
 def assert_same_run(one, other):
     """The same weights to the last bit, metrics, and history but for the seconds."""
     a, b = (load_file(folder / "best_model.safetensors") for folder in (one, other))

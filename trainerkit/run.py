@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainerkit.build import build
-from trainerkit.callbacks import CrashSafeCheckpoint, EarlyStopping, SavePredictions, StopRequested
+from trainerkit.callbacks import CrashSafeCheckpoint, EarlyStopping, History, SavePredictions, StopRequested
 from trainerkit.errors import UserError
 from trainerkit.files import replacing, write_json
 from trainerkit.plugins import AllowList
@@ -132,10 +132,14 @@ def _fit(
         raise
     epochs = trainer.current_epoch
     stopped = next((c.reason for c in trainer.callbacks if isinstance(c, EarlyStopping) and c.reason), None)
-    metrics = _metrics(trainer)
+    metrics = _history_metrics(trainer) | _metrics(trainer)
     best = next((c.best_model_path for c in trainer.callbacks if isinstance(c, CrashSafeCheckpoint)), "")
     if best and trainer.datamodule is not None and _has_test_data(data):
-        trainer.test(task, datamodule=data, ckpt_path=best, verbose=False)
+        try:
+            trainer.test(task, datamodule=data, ckpt_path=best, verbose=False)
+        except SystemExit:  # how Lightning ends on Ctrl-C
+            _say(trainer, f"\nTrained, and stopped while testing. To test:\n  {_command(overrides, out_dir)}")
+            raise
         metrics |= _metrics(trainer)
     if trainer.is_global_zero:
         limits = {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps}
@@ -297,6 +301,16 @@ def _has_test_data(data: LightningDataModule) -> bool:
 
 def _metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+
+
+def _history_metrics(trainer: Trainer) -> dict[str, float]:
+    """The last epoch's losses, also where a run was resumed after its last epoch and no epoch was left."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, History) and callback.records:
+            record = callback.records[-1]
+            found = {callback.train_metric: record["train_loss"], callback.val_metric: record["val_loss"]}
+            return {name: value for name, value in found.items() if value is not None}
+    return {}
 
 
 def _command(overrides: list[str], out_dir: Path) -> str:

@@ -73,8 +73,10 @@ def history(path: Path, records: list[dict[str, Any]]) -> None:
     axes[0, 0].legend(fontsize=8)
     axes[0, 1].plot(epochs, [record["lr"] for record in records], color="0.25", marker=".")
     axes[0, 1].set_title("learning rate after the epoch", fontsize=9, loc="left")
+    ticker = require("matplotlib.ticker", "drawing pictures")
     for axis in axes[0]:
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     _save(figure, path)
 
 
@@ -101,7 +103,7 @@ def _axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
     return figure, axes
 
 

@@ -6,6 +6,7 @@ and from the raw signals. Pictures: reconstructions, the latents in two dimensio
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -118,7 +119,10 @@ def probe(
     scale = z["train"].std(0).clip(1e-6)
 
     def accuracy(classifier: Any, inputs: dict[str, Any], over: Any = 1.0) -> float:
-        return float(classifier.fit(inputs["train"] / over, labels).score(inputs["test"] / over, truth))
+        with warnings.catch_warnings():
+            # A probe that stops at its last iteration is as good a probe; its advice does not belong on the screen.
+            warnings.simplefilter("ignore")
+            return float(classifier.fit(inputs["train"] / over, labels).score(inputs["test"] / over, truth))
 
     return {
         "latent_linear": accuracy(linear_model.LogisticRegression(C=10, solver="newton-cholesky"), z, scale),
