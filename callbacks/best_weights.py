@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainerkit.callbacks._validation import validates
 from trainerkit.files import replacing
 
 
@@ -30,10 +31,7 @@ class BestWeights(Callback):
     """
 
     def __init__(
-        self,
-        monitor: str = "val/loss",
-        mode: Literal["min", "max"] = "min",
-        filename: str = "best_model.safetensors",
+        self, monitor: str = "val/loss", mode: Literal["min", "max"] = "min", filename: str = "best_model.safetensors"
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"mode={mode}: must be min or max")
@@ -51,6 +49,11 @@ class BestWeights(Callback):
         """Go on from the best value."""
         self.best = state_dict["best"]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the best's file is not, as in the new folder of a resumed run, the best value does not count."""
+        if not (Path(trainer.default_root_dir) / self.filename).exists():
+            self.best = math.inf if self.mode == "min" else -math.inf
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold on to the tensors that were just scored; when the metric is known, EMA may have left."""
         self._scored = {name: tensor.detach() for name, tensor in pl_module.state_dict().items()}
@@ -63,7 +66,7 @@ class BestWeights(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without validation: export the weights of the epoch's end."""
-        if not trainer.enable_validation:
+        if not validates(trainer):
             self._scored = {name: tensor.detach() for name, tensor in pl_module.state_dict().items()}
             self._export_if_best(trainer)
             self._scored = {}

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from trainerkit.callbacks._validation import validates
 from trainerkit.files import replacing
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -90,7 +91,12 @@ class CrashSafeCheckpoint(Checkpoint):
         self.last_model_path = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to listen for signals; after Lightning has put its own handlers in place, so that they come back."""
+        """Begin to listen for signals; after Lightning has put its own handlers in place, so that they come back.
+
+        Where `best.ckpt` is not, as in the new folder of a resumed run, the best value does not count.
+        """
+        if not self.best_model_path:
+            self.best_model_score = math.inf if self.mode == "min" else -math.inf
         if self.stop_on_signal and not self._handlers and threading.current_thread() is threading.main_thread():
             self._signum = None
             self._launcher = trainer.strategy.launcher
@@ -122,12 +128,13 @@ class CrashSafeCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `last.ckpt`; stop if a signal came."""
-        if not trainer.enable_validation:
+        if not validates(trainer):
             self._save_if_best(trainer)
         epochs = trainer.current_epoch + 1
         if self._must_stop(trainer, now=True):
             self._save_and_stop(trainer)
-        if epochs % self.every_n_epochs == 0 or epochs == trainer.max_epochs or trainer.should_stop:
+        over = epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
+        if epochs % self.every_n_epochs == 0 or over:
             self._save(trainer, "last.ckpt")
 
     def _save_if_best(self, trainer: Trainer) -> None:
@@ -135,7 +142,9 @@ class CrashSafeCheckpoint(Checkpoint):
         if value is None:
             return
         score = float(value)
-        if score < self.best_model_score if self.mode == "min" else score > self.best_model_score:
+        better = score < self.best_model_score if self.mode == "min" else score > self.best_model_score
+        # Every rank writes if one does: a metric that was logged without a reduction differs between them.
+        if trainer.strategy.reduce_boolean_decision(better, all=False):
             self.best_model_score = score
             self.best_model_path = str(self._save(trainer, "best.ckpt"))
 
@@ -158,7 +167,7 @@ class CrashSafeCheckpoint(Checkpoint):
         """Whether a signal reached any rank; several ranks ask each other only now and then, for that waits."""
         if trainer.world_size == 1:
             return self._signum is not None
-        if not now and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not now and trainer.global_step % max(1, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return False
         return trainer.strategy.reduce_boolean_decision(self._signum is not None, all=False)
 

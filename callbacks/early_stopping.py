@@ -10,6 +10,8 @@ from typing import Any, Literal
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from trainerkit.callbacks._validation import validates
+
 
 class EarlyStopping(Callback):
     """Stop training when `monitor` has stopped improving.
@@ -26,8 +28,7 @@ class EarlyStopping(Callback):
         mode: 'min' if smaller is better, else 'max'.
 
     Raises:
-        ValueError: for a value that is not possible.
-        RuntimeError: during fit, if `monitor` was not logged; the message lists what was.
+        ValueError: for a value that is not possible; during fit, if `monitor` was not logged: it lists what was.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class EarlyStopping(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that was killed after its patience had run out is not trained further."""
         self.reason = None
-        if self.waited:
+        if self.patience is not None:
             self._stop_if_spent(trainer, trainer.current_epoch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,7 +78,7 @@ class EarlyStopping(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the metric after the epoch if there is no validation."""
-        if not trainer.enable_validation:
+        if not validates(trainer):
             self._look(trainer)
 
     def _look(self, trainer: Trainer) -> None:
@@ -85,7 +86,7 @@ class EarlyStopping(Callback):
             return
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise RuntimeError(f"monitor={self.monitor}: was not logged; logged are: {logged}")
+            raise ValueError(f"monitor={self.monitor}: was not logged; logged are: {logged}")
         value = float(trainer.callback_metrics[self.monitor])
         if self._improves(value):
             self.best, self.waited = value, 0
@@ -105,11 +106,11 @@ class EarlyStopping(Callback):
         return True  # a run without an end has no fraction of it
 
     def _stop_if_spent(self, trainer: Trainer, epochs: int) -> None:
-        if self.patience is None or self.waited < self.patience:
+        early = epochs < (trainer.min_epochs or 0) or trainer.global_step < (trainer.min_steps or 0)
+        spent = self.patience is not None and self.waited >= self.patience and not early
+        # Every rank asks, and stops if one does: a metric that was logged without a reduction differs between them.
+        if not trainer.strategy.reduce_boolean_decision(spent, all=False):
             return
-        if epochs < (trainer.min_epochs or 0) or trainer.global_step < (trainer.min_steps or 0):
-            return
-        # Every rank stops if one does: a metric that was logged without a reduction may differ between them.
-        trainer.should_stop = trainer.strategy.reduce_boolean_decision(True, all=False)
+        trainer.should_stop = True
         self.reason = f"{self.monitor} has not improved on {self.best:.6g} for {self.waited} epochs"
         rank_zero_info(f"Stopping after epoch {epochs}: {self.reason}.")

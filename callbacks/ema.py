@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
 
 def ema_decay(decay: float, updates: int, warmup: bool = True) -> float:
     """The decay of the next update: `decay`, or with warm-up min(decay, (1 + n)/(10 + n)) with n = `updates` so far."""
@@ -79,6 +81,11 @@ class EMA(Callback):
         self._stash: list[Tensor] | None = None  # the live weights' storage while the average is in its place
         self._restored: dict[str, Any] | None = None
         self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse sharded parameters, whose local pieces could not be swapped."""
+        if type(trainer.strategy).__name__ in _SHARDED:
+            raise ValueError(f"strategy={type(trainer.strategy).__name__}: EMA does not average sharded parameters yet")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what a resumed fit needs; evaluation takes the file's weights as they are."""

@@ -78,7 +78,7 @@ WRONG = [
     (["task=mae", "callbacks.emma=null"], "callbacks.emma: there is no such key. Did you mean callbacks.ema"),
     (["task=mae", "a=b]"], "Error parsing override 'a=b]'"),
     (["task=mae", "stage=fitt"], "stage=fitt: must be one of fit, validate, test, predict"),
-    (["task=mae", "seed=x"], "seed=x: must be a whole number"),
+    (["task=mae", "seed=x"], "seed=x: must be a whole number from 0"),
     (["task=mae", "resume=none.ckpt"], "resume=none.ckpt: there is no such file; must be auto, null or the path"),
     (["task=mae", "stage=test"], "stage=test needs trained weights"),
     (["task=mae", "data=null"], "data=null: must be one of indian_pines, spectra"),
@@ -95,6 +95,10 @@ WRONG = [
     (["task=mae", "trainer.precision=bf17"], "trainer.precision=bf17: must be one of 64, 32, 16, "),
     (["task=mae", "trainer.max_epochs=two"], "trainer.max_epochs=two: must be a whole number or null."),
     (["task=mae", "trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1: must be 0 or more"),
+    (["task=mae", "seed=-1"], "seed=-1: must be a whole number from 0"),
+    (["task=mae", "callbacks.ema=false"], "callbacks.ema=False: must be null to remove it"),
+    (["-m", "task=mae", "task.network.n_mask=99"], "task.network.n_mask=99: must be from 0 to 19"),
+    (["-m", "task=mae", "+hydra.callbacks.x._target_=os.system"], "add allow=os to the command line"),
     (["task=mae", "task._target_=os.system"], "add allow=os to the command line (or set TRAINERKIT_ALLOW=os)"),
 ]  # fmt: skip
 
@@ -112,7 +116,7 @@ def test_what_is_wrong_is_said_in_one_screen(tmp_path, arguments, message, capsy
     assert message in screen.err
     assert "Traceback" not in screen.err
     assert len(screen.err.splitlines()) <= 12
-    assert not (tmp_path / "runs").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".ckpt", ".json", ".safetensors")]
 
 
 def test_an_error_is_exit_code_2_without_a_traceback(tmp_path):
@@ -183,6 +187,38 @@ def test_a_checkpoint_of_another_network_says_what_differs(finished):
     assert answer.returncode == 2
     assert "run/checkpoints/last.ckpt does not fit this config" in answer.stderr
     assert "task.network.latent_dim was 4, is 5" in answer.stderr
+
+
+def test_a_resume_that_does_not_fit_leaves_the_runs_files_as_they_are(finished):
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    answer = small("out_dir=run", "task.network.latent_dim=5", "trainer.max_epochs=9", folder=folder)
+    assert answer.returncode == 2
+    assert "task.network.latent_dim was 4, is 5" in answer.stderr
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_from_elsewhere_does_not_overwrite_another_run(finished, tmp_path):
+    folder, _ = finished
+    foreign = tmp_path / "foreign.ckpt"
+    foreign.write_bytes((folder / "run" / "checkpoints" / "last.ckpt").read_bytes())
+    answer = small("out_dir=run", f"resume={foreign}", folder=folder)
+    assert answer.returncode == 2
+    assert "run holds another run, which would be overwritten" in answer.stderr
+
+
+def test_a_run_without_validation_or_callbacks_of_ours_still_ends(tmp_path):
+    np.save(tmp_path / "spectra.npy", smooth_spectra())
+    last = ["callbacks.early_stopping.monitor=train/loss", "callbacks.best_weights.monitor=train/loss"]
+    last.append("callbacks.crash_safe_checkpoint.monitor=train/loss")
+    answer = small("data.val_fraction=0.0", *last, "out_dir=run", folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "run" / "best_model.safetensors").exists()
+    assert "test/mse" in answer.stdout
+    bare = [option for option in SMALL_MAE if not option.startswith("callbacks")]
+    answer = trainerkit(*bare, "data.path=spectra.npy", "callbacks=none", "out_dir=bare", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert not list((tmp_path / "bare").rglob("*.ckpt"))
 
 
 def test_evaluation_of_a_run_needs_only_its_folder_and_tells_the_same_number(finished):

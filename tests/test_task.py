@@ -114,8 +114,19 @@ def test_a_schedule_without_an_end_is_refused(tmp_path):
     from functools import partial
 
     task = Tracks([1.0] * 3, scheduler=partial(warmup_cosine, warmup_steps=1))
-    with pytest.raises(ValueError, match="max_epochs=-1: a schedule needs to know the length of the run"):
+    with pytest.raises(ValueError, match="max_epochs=-1: this schedule needs to know the length of the run"):
         fit(tmp_path, task, max_epochs=-1)
+
+
+def test_a_schedule_without_need_of_an_end_runs_without_one(tmp_path):
+    from functools import partial
+
+    constant = partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0)
+    task = Tracks([1.0] * 3, scheduler=partial(warmup_cosine, warmup_epochs=1.0))
+    fit(tmp_path, task, max_epochs=-1, max_steps=7)
+    assert task.trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+    endless = Tracks([1.0] * 3, scheduler=constant)
+    fit(tmp_path, endless, max_epochs=-1, max_time={"seconds": 0})
 
 
 def test_it_is_a_plain_lightning_module_to_other_callbacks(tmp_path):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from trainerkit.errors import UserError, did_you_mean
 from trainerkit.extras import missing_in
 from trainerkit.plugins import AllowList
-from trainerkit.signatures import describe, fits, parameters, required
+from trainerkit.signatures import describe, fits, is_open, parameters, required
 
 _SPECIAL_KEYS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 
@@ -73,6 +73,8 @@ def _check_target(node: DictConfig, key: str, allow: AllowList, given: frozenset
             raise UserError(f"{key}.{name}: needs a value; give it by {key}.{name}=…")
     values = {str(name): node[name] for name in node if name not in _SPECIAL_KEYS}
     for name, value in values.items():
+        if name not in hints and is_open(target):
+            continue
         if name not in hints:
             raise UserError(f"{key}.{name}: {_name(target)} has no such parameter. {did_you_mean(name, hints)}")
         hint = hints[name].annotation

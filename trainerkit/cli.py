@@ -68,6 +68,10 @@ def _main(arguments: list[str]) -> None:
         _print_help(config_dir)
         return
     trusted, arguments = _take_allowed(arguments)
+    if trusted:
+        # Processes that are started for other devices trust the same.
+        before = os.environ.get("TRAINERKIT_ALLOW", "")
+        os.environ["TRAINERKIT_ALLOW"] = ",".join(filter(None, [before, *trusted]))
     flags, overrides = _split(arguments)
     if not arguments:
         _print_tasks(config_dir)
@@ -84,14 +88,21 @@ def _main(arguments: list[str]) -> None:
     if flags:
         _hand_to_hydra(flags, overrides, config_dir, trusted)
     else:
-        _run(cfg, overrides, trusted)
+        from trainerkit.plugins import AllowList
+        from trainerkit.run import run
+
+        run(cfg, overrides, AllowList(trusted), _again(config_dir, trusted))
 
 
-def _run(cfg: "DictConfig", overrides: list[str], trusted: list[str]) -> None:
-    from trainerkit.plugins import AllowList
-    from trainerkit.run import run
+def _again(config_dir: str | None, trusted: list[str]) -> list[str]:
+    """What a command that goes on needs beside the overrides."""
+    return [*(["--config-dir", config_dir] if config_dir else []), *(f"allow={name}" for name in trusted)]
 
-    run(cfg, overrides, AllowList(trusted))
+
+def _is_sweep(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return bool(OverridesParser.create().parse_overrides([override])[0].is_sweep_override())
 
 
 def _run_as_child(trusted: list[str]) -> bool:
@@ -106,7 +117,7 @@ def _run_as_child(trusted: list[str]) -> bool:
     from trainerkit.run import run
 
     cfg = OmegaConf.load(path)
-    run(cfg, [], AllowList(trusted))  # type: ignore[arg-type]
+    run(cfg, [], AllowList(trusted), [])  # type: ignore[arg-type]
     return True
 
 
@@ -116,19 +127,25 @@ def _hand_to_hydra(flags: list[str], overrides: list[str], config_dir: str | Non
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from trainerkit.compose import CONFIG_MODULE, CONFIG_NAME
-    from trainerkit.plugins import register_search_path
+    from trainerkit.compose import CONFIG_MODULE, CONFIG_NAME, check_hydra
+    from trainerkit.plugins import AllowList, register_search_path
 
     def job(cfg: "DictConfig") -> float | None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             cfg.out_dir = os.path.join(cfg.out_dir, str(HydraConfig.get().job.num))
-        from trainerkit.plugins import AllowList
         from trainerkit.run import run
 
-        metrics = run(cfg, list(HydraConfig.get().overrides.task), AllowList(trusted))
+        try:
+            metrics = run(cfg, list(HydraConfig.get().overrides.task), allow, _again(config_dir, trusted))
+        except UserError as error:
+            # Hydra would print a traceback.
+            print(f"trainerkit: {error}", file=sys.stderr)
+            sys.exit(2)
         # What a sweeper that optimizes minimizes.
         return metrics.get("val/loss")
 
+    allow = AllowList(trusted)
+    check_hydra([override for override in overrides if not _is_sweep(override)], allow, config_dir)
     register_search_path(config_dir)
     sys.argv = [sys.argv[0], *flags, *overrides]
     hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")(job)()

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainerkit.errors import UserError, did_you_mean, either, nearest
-from trainerkit.plugins import register_search_path
+from trainerkit.plugins import AllowList, register_search_path
 
 CONFIG_MODULE = "trainerkit.configs"
 CONFIG_NAME = "train"
@@ -50,6 +50,27 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
             raise UserError(_first_lines(error)) from error
 
 
+def check_hydra(overrides: list[str], allow: AllowList, config_dir: str | None = None) -> None:
+    """Check what Hydra itself would build for a sweep: its own parts, or what is trusted; raises `UserError`."""
+    with config_loader(config_dir):
+        node = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True).hydra
+        found = OmegaConf.to_container(node, resolve=False)
+    for key, target in _named_targets(found, "hydra"):
+        if target.partition(".")[0] not in ("hydra", "hydra_plugins"):
+            allow.resolve(target, key)
+
+
+def _named_targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield key, str(node["_target_"])
+        for name, child in node.items():
+            yield from _named_targets(child, f"{key}.{name}")
+    elif isinstance(node, list):
+        for position, child in enumerate(node):
+            yield from _named_targets(child, f"{key}[{position}]")
+
+
 class config_loader:
     """Context manager around Hydra's global state: gives the loader that lists groups and choices."""
 
@@ -62,7 +83,7 @@ class config_loader:
         self._hydra.__enter__()
         return GlobalHydra.instance().config_loader()
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._hydra.__exit__(*exception)
 
 

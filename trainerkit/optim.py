@@ -12,13 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-_NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.modules.batchnorm._NormBase,
-)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.modules.batchnorm._NormBase)
 _TOKEN_WORDS = ("token", "pos_embed", "embedding")
 
 
@@ -99,23 +93,31 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module, *, allo
 
 
 def make_scheduler(
-    factory: Callable[..., LRScheduler], optimizer: Optimizer, *, total_steps: int, steps_per_epoch: int
+    factory: Callable[..., LRScheduler], optimizer: Optimizer, *, total_steps: int | None, steps_per_epoch: int | None
 ) -> LRScheduler:
     """Finish a scheduler partial: the lengths that only the trainer knows are filled in where they were left open.
 
     Args:
         factory: a scheduler class or function, or a partial of one.
         optimizer: what it schedules.
-        total_steps: optimizer steps of the whole run; fills `total_steps` and `T_max` if the factory has them as None.
-        steps_per_epoch: optimizer steps of an epoch; fills `steps_per_epoch` likewise.
+        total_steps: optimizer steps of the whole run, None for a run without an end; fills `total_steps` and `T_max` if
+            the factory has them as None.
+        steps_per_epoch: optimizer steps of an epoch, None if not known; fills `steps_per_epoch` likewise.
 
     Returns:
         The scheduler, to be stepped once per optimizer step.
+
+    Raises:
+        ValueError: if the schedule needs the length of a run that has none.
     """
     given = dict(getattr(factory, "keywords", {}))
     known = inspect.signature(factory).parameters
     lengths = {"total_steps": total_steps, "T_max": total_steps, "steps_per_epoch": steps_per_epoch}
     extra = {name: value for name, value in lengths.items() if name in known and given.get(name) is None}
+    if total_steps is None and {"total_steps", "T_max"} & set(extra):
+        raise ValueError(
+            "max_epochs=-1: this schedule needs to know the length of the run; set max_epochs or max_steps"
+        )
     return factory(optimizer, **extra)
 
 

@@ -7,10 +7,11 @@ a built-in of the same name. trainerkit's own tasks use nothing that a plugin ca
 A config names what to build by `_target_`, and a config may be a stranger's. So a target is built only if the object
 it names *was defined* in a package that is trusted, wherever it was reached from (`torch.os.system` is not torch's):
 
-- trainerkit, installed plugins, and packages named by `allow=` on the command line or in `TRAINERKIT_ALLOW`:
-  classes and functions;
-- torch, lightning, torchmetrics: only classes of the kinds that configs are for (modules, optimizers, callbacks, …),
-  because these packages also hold functions that read pickles and classes that start processes.
+- installed plugins, and packages named by `allow=` on the command line or in `TRAINERKIT_ALLOW`: classes and
+  functions;
+- trainerkit itself, torch, lightning, torchmetrics: only classes of the kinds that configs are for (modules,
+  optimizers, callbacks, …) and trainerkit's schedules, because these packages also hold functions that read pickles,
+  import modules and start processes.
 """
 
 import importlib
@@ -25,27 +26,24 @@ from trainerkit.errors import UserError
 ENTRY_POINT_GROUP = "trainerkit.configs"
 ALLOW_VARIABLE = "TRAINERKIT_ALLOW"
 
-# What may be built from the libraries underneath: (package, kinds). Named by path, so that they load only when asked.
-_LIBRARY_KINDS = {
-    "torch": (
-        "torch.nn.Module",
-        "torch.optim.Optimizer",
-        "torch.optim.lr_scheduler.LRScheduler",
-        "torch.utils.data.Dataset",
-        "torch.utils.data.Sampler",
-    ),
-    "lightning": (
-        "lightning.pytorch.Trainer",
-        "lightning.pytorch.Callback",
-        "lightning.pytorch.LightningModule",
-        "lightning.pytorch.LightningDataModule",
-        "lightning.pytorch.loggers.Logger",
-        "lightning.pytorch.profilers.Profiler",
-        "lightning.pytorch.strategies.Strategy",
-        "lightning.pytorch.plugins.PrecisionPlugin",
-    ),
-    "torchmetrics": ("torchmetrics.Metric",),
-}
+_LIBRARIES = ("trainerkit", "torch", "lightning", "torchmetrics")
+# What may be built from these. Named by path, so that they load only when asked.
+_KINDS = (
+    "torch.nn.Module",
+    "torch.optim.Optimizer",
+    "torch.optim.lr_scheduler.LRScheduler",
+    "torch.utils.data.Dataset",
+    "torch.utils.data.Sampler",
+    "torchmetrics.Metric",
+    "lightning.pytorch.Trainer",
+    "lightning.pytorch.Callback",
+    "lightning.pytorch.LightningDataModule",
+    "lightning.pytorch.loggers.Logger",
+    "lightning.pytorch.profilers.Profiler",
+    "lightning.pytorch.strategies.Strategy",
+    "lightning.pytorch.plugins.Precision",
+)
+_SCHEDULES = ("trainerkit.optim.warmup_cosine", "trainerkit.optim.warmup_linear")
 
 
 def config_packages() -> list[str]:
@@ -88,7 +86,7 @@ class AllowList:
     def __init__(self, extra: Iterable[str] = ()) -> None:
         from_environment = [name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip()]
         plugins = [package.partition(".")[0] for package in config_packages()]
-        self.packages = {"trainerkit", *plugins, *extra, *from_environment}
+        self.packages = {*plugins, *extra, *from_environment}
 
     def resolve(self, target: str, key: str) -> Any:
         """Import the object that `target` names, if it may be built.
@@ -104,30 +102,32 @@ class AllowList:
             UserError: if it is not allowed, or does not exist.
         """
         root = target.partition(".")[0]
-        if root not in self.packages and root not in _LIBRARY_KINDS:
+        if root not in self.packages and root not in _LIBRARIES:
             raise UserError(self._refusal(target, key, root))
         found = _locate(target, key)
         home = str(getattr(found, "__module__", "")).partition(".")[0]
-        if home in self.packages or (home in _LIBRARY_KINDS and isinstance(found, type) and _is_kind(found, home)):
+        if home in self.packages or (home in _LIBRARIES and _is_for_configs(found)):
             return found
         raise UserError(self._refusal(target, key, home or root))
 
     def _refusal(self, target: str, key: str, package: str) -> str:
-        if package in _LIBRARY_KINDS:
-            kinds = ", ".join(name.rpartition(".")[2] for name in _LIBRARY_KINDS[package])
+        if package in _LIBRARIES:
+            kinds = ", ".join(name.rpartition(".")[2] for name in _KINDS)
             return (
                 f"{key}._target_={target}: of {package}, configs may build only subclasses of {kinds}. "
                 f"If you trust this config, add allow={package} to the command line."
             )
+        trusted = ", ".join([*sorted(self.packages), *_LIBRARIES[:-1]])
         return (
-            f"{key}._target_={target}: configs may build only from {', '.join(sorted(self.packages))}, torch, "
-            f"lightning and torchmetrics. If you trust this config, add allow={package} to the command line "
-            f"(or set {ALLOW_VARIABLE}={package})."
+            f"{key}._target_={target}: configs may build only from {trusted} and {_LIBRARIES[-1]}. "
+            f"If you trust this config, add allow={package} to the command line (or set {ALLOW_VARIABLE}={package})."
         )
 
 
-def _is_kind(found: type, package: str) -> bool:
-    return issubclass(found, tuple(_import_path(path) for path in _LIBRARY_KINDS[package]))
+def _is_for_configs(found: Any) -> bool:
+    if isinstance(found, type):
+        return issubclass(found, tuple(_import_path(path) for path in _KINDS))
+    return f"{found.__module__}.{getattr(found, '__qualname__', '')}" in _SCHEDULES
 
 
 def _locate(target: str, key: str) -> Any:

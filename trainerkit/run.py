@@ -2,40 +2,41 @@
 
 import json
 import logging
-import os
-import platform
-import subprocess
+import re
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator
-from importlib import metadata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainerkit.build import build
 from trainerkit.callbacks import CrashSafeCheckpoint, EarlyStopping, History, SavePredictions, StopRequested
 from trainerkit.errors import UserError
-from trainerkit.files import replacing, write_json
+from trainerkit.facts import WriteFacts, differences, pass_to_children
+from trainerkit.files import write_json
 from trainerkit.plugins import AllowList
 from trainerkit.trainer import Trainer
 
 STAGES = ("fit", "validate", "test", "predict")
-CONFIG_VARIABLE = "TRAINERKIT_RESOLVED_CONFIG"
-_PARTS = ("task", "data", "optimizer", "scheduler", "trainer", "callbacks", "logger")
 
 
-def run(cfg: DictConfig, overrides: list[str], allow: AllowList) -> dict[str, float]:
+def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence[str] = ()) -> dict[str, float]:
     """Do what a composed config says.
 
     Args:
         cfg: see `configs/train.yaml`.
         overrides: what the command line said, to be kept beside the results and for the command that goes on.
         allow: decides which targets may be built.
+        again: what a command that goes on needs beside the overrides (`allow=…`, `--config-dir …`).
 
     Returns:
         The metrics of the stage: of fit, the best checkpoint's on the test data where there are any.
@@ -47,8 +48,8 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList) -> dict[str, fl
     _quiet()
     if cfg.stage not in STAGES:
         raise UserError(f"stage={cfg.stage}: must be one of {', '.join(STAGES)}.")
-    if not isinstance(cfg.seed, int):
-        raise UserError(f"seed={cfg.seed}: must be a whole number.")
+    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: must be a whole number from 0 to 4294967295.")
     out_dir = Path(str(cfg.out_dir)).expanduser()
     results_path = out_dir / "results.json"
     checkpoint = _checkpoint(cfg, out_dir)
@@ -56,22 +57,21 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList) -> dict[str, fl
         results: dict[str, Any] = json.loads(results_path.read_text(encoding="utf-8"))
         print(f"{out_dir} holds a finished run ({results['stopped']}); nothing was changed.")
         _print_metrics(results["metrics"])
-        print("To train on, raise trainer.max_epochs; for a new run, take another out_dir.")
+        print("To train on, raise trainer.max_epochs (and the patience, if that ended it); else take another out_dir.")
         return dict(results["metrics"])
 
     seed_everything(cfg.seed, workers=True, verbose=False)
-    data, task, trainer = _build_all(cfg, out_dir, allow)
-    if trainer.is_global_zero and cfg.stage == "fit":
-        _write_facts(cfg, overrides, out_dir, resumed=checkpoint is not None)
+    data, task, trainer = _build_all(cfg, overrides, out_dir, allow)
+    pass_to_children(cfg)
     _print_start(cfg, out_dir, checkpoint, trainer)
-    with _advice(checkpoint, out_dir, cfg):
+    with _advice(checkpoint, cfg):
         if cfg.stage == "fit":
-            return _fit(cfg, overrides, out_dir, trainer, task, data, checkpoint)
-        return _evaluate(str(cfg.stage), out_dir, trainer, task, data, checkpoint)
+            return _fit(cfg, [*again, *overrides], out_dir, trainer, task, data, checkpoint)
+        return _evaluate(str(cfg.stage), trainer, task, data, checkpoint)
 
 
 def _build_all(
-    cfg: DictConfig, out_dir: Path, allow: AllowList
+    cfg: DictConfig, overrides: list[str], out_dir: Path, allow: AllowList
 ) -> tuple[LightningDataModule, LightningModule, Trainer]:
     """Build every part, data first: the config may ask it for sizes by `${data_module:…}`."""
     if cfg.get("data") is None:
@@ -90,19 +90,35 @@ def _build_all(
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
-        raise refused[0] if refused else UserError(str(error).splitlines()[0]) from error
+        raise (refused[0] if refused else UserError(str(error).splitlines()[0])) from error
     parts: dict[str, Any] = {"optimizer": build(cfg.optimizer, "optimizer", allow)}
     if cfg.get("scheduler") is not None:
         parts["scheduler"] = build(cfg.scheduler, "scheduler", allow)
     task = build(cfg.task, "task", allow, **parts)
-    callbacks: list[Callback] = [
-        build(node, f"callbacks.{name}", allow) for name, node in cfg.callbacks.items() if node is not None
-    ]
-    loggers = [build(node, f"logger.{name}", allow) for name, node in (cfg.logger or {}).items() if node is not None]
-    trainer = build(
-        cfg.trainer, "trainer", allow, callbacks=callbacks, logger=loggers or False, default_root_dir=str(out_dir)
-    )
+    callbacks: list[Callback] = _build_group(cfg, "callbacks", allow)
+    if cfg.stage == "fit":
+        callbacks.append(WriteFacts(cfg, overrides))
+    options: dict[str, Any] = {"callbacks": callbacks, "default_root_dir": str(out_dir)}
+    options["logger"] = _build_group(cfg, "logger", allow) or False
+    # What was not chosen is not there: Lightning would add its own.
+    for key, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
+        if cfg.trainer.get(key) is None:
+            options[key] = any(isinstance(callback, kind) for callback in callbacks)
+    node = OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key not in options])
+    trainer = build(node, "trainer", allow, **options)
     return data, task, trainer
+
+
+def _build_group(cfg: DictConfig, group: str, allow: AllowList) -> list[Any]:
+    """The objects of a group of named ones; null removes one."""
+    built = []
+    for name, node in (cfg.get(group) or {}).items():
+        if node is None:
+            continue
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise UserError(f"{group}.{name}={node}: must be null to remove it, or keys with a _target_.")
+        built.append(build(node, f"{group}.{name}", allow))
+    return built
 
 
 def _ask(data: Any, name: str) -> Any:
@@ -133,18 +149,19 @@ def _fit(
     epochs = trainer.current_epoch
     stopped = next((c.reason for c in trainer.callbacks if isinstance(c, EarlyStopping) and c.reason), None)
     metrics = _history_metrics(trainer) | _metrics(trainer)
-    best = next((c.best_model_path for c in trainer.callbacks if isinstance(c, CrashSafeCheckpoint)), "")
-    if best and trainer.datamodule is not None and _has_test_data(data):
-        try:
-            trainer.test(task, datamodule=data, ckpt_path=best, verbose=False)
-        except SystemExit:  # how Lightning ends on Ctrl-C
-            _say(trainer, f"\nTrained, and stopped while testing. To test:\n  {_command(overrides, out_dir)}")
-            raise
+    checkpoints = [c for c in trainer.callbacks if isinstance(c, CrashSafeCheckpoint)]
+    best = next((c.best_model_path for c in checkpoints), "")
+    last = next((c.last_model_path for c in checkpoints), "")
+    if (best or last) and _can_test(task, data):
+        trainer.test(task, datamodule=data, ckpt_path=best or last, verbose=False)
         metrics |= _metrics(trainer)
     if trainer.is_global_zero:
         limits = {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps}
-        reason = f"{epochs} epochs, {stopped or 'the whole length'}"
-        write_json(out_dir / "results.json", {"stopped": reason, "limits": limits, "metrics": metrics})
+        whole = epochs == cfg.trainer.max_epochs or trainer.global_step == cfg.trainer.max_steps
+        reason = f"{epochs} epochs, {stopped or ('the whole length' if whole else 'cut short')}"
+        finished = bool(whole or stopped)
+        content = {"stopped": reason, "finished": finished, "limits": limits, "metrics": metrics}
+        write_json(out_dir / "results.json", content)
         print(f"\nTrained for {reason}.")
         _print_metrics(metrics)
         _print_files(out_dir)
@@ -152,12 +169,7 @@ def _fit(
 
 
 def _evaluate(
-    stage: str,
-    out_dir: Path,
-    trainer: Trainer,
-    task: LightningModule,
-    data: LightningDataModule,
-    checkpoint: Path | None,
+    stage: str, trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: Path | None
 ) -> dict[str, float]:
     if stage == "predict":
         trainer.predict(task, datamodule=data, ckpt_path=checkpoint, return_predictions=False)
@@ -197,106 +209,56 @@ def _checkpoint(cfg: DictConfig, out_dir: Path) -> Path | None:
     path = Path(str(cfg.resume)).expanduser()
     if not path.is_file():
         raise UserError(f"resume={cfg.resume}: there is no such file; must be auto, null or the path of a checkpoint.")
+    if cfg.stage == "fit" and found.exists() and path.resolve().parent != found.resolve().parent:
+        raise UserError(
+            f"resume={path}: {out_dir} holds another run, which would be overwritten; take another out_dir."
+        )
     return path
 
 
 def _is_finished(results_path: Path, cfg: DictConfig) -> bool:
     if not results_path.exists():
         return False
-    limits = json.loads(results_path.read_text(encoding="utf-8"))["limits"]
-    return bool(limits == {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps})
+    results = json.loads(results_path.read_text(encoding="utf-8"))
+    if not results["finished"]:
+        return False
+    return bool(results["limits"] == {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps})
 
 
-class _advice:
-    """Turns what a checkpoint that does not fit raises into an error that says what differs."""
-
-    def __init__(self, checkpoint: Path | None, out_dir: Path, cfg: DictConfig) -> None:
-        self.checkpoint, self.out_dir, self.cfg = checkpoint, out_dir, cfg
-
-    def __enter__(self) -> None:
-        self.before = _saved_config(self.checkpoint)
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, UserError | SystemExit | KeyboardInterrupt):
-            return
-        if isinstance(error, ValueError) and error.args:
-            raise UserError(str(error)) from error
-        if self.checkpoint is not None and isinstance(error, RuntimeError) and "Error(s) in loading" in str(error):
-            lines = "\n".join(f"  {line}" for line in _differences(self.before, self.cfg, "task"))
-            raise UserError(
-                f"{self.checkpoint} does not fit this config.\n"
-                f"{lines or '  ' + str(error).splitlines()[1].strip()}\nGive it the values it was trained with."
-            ) from error
-
-
-def _saved_config(checkpoint: Path | None) -> Any:
-    path = checkpoint.parent.parent / "config.previous.yaml" if checkpoint else None
-    if path is None or not path.exists():
-        path = checkpoint.parent.parent / "config.yaml" if checkpoint else None
-    return OmegaConf.load(path) if path is not None and path.exists() else None
-
-
-def _differences(before: Any, now: DictConfig, part: str) -> Iterator[str]:
-    """What a part of the config was, and is."""
-    if before is None:
-        return
-    then, new = dict(_flat(before.get(part), part)), dict(_flat(now.get(part), part))
-    for key in then.keys() | new.keys():
-        if then.get(key) != new.get(key):
-            yield f"{key} was {then.get(key)}, is {new.get(key)}"
-
-
-def _flat(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, DictConfig):
-        for name in map(str, node):
-            yield from _flat(node[name], f"{key}.{name}")
-    else:
-        yield key, node
-
-
-def _write_facts(cfg: DictConfig, overrides: list[str], out_dir: Path, resumed: bool) -> None:
-    """config.yaml, overrides.txt, environment.json; the config of a resumed run is kept if it was another."""
-    path = out_dir / "config.yaml"
-    text = OmegaConf.to_yaml(cfg)
-    if resumed and path.exists() and path.read_text(encoding="utf-8") != text:
-        path.replace(out_dir / "config.previous.yaml")
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    with replacing(out_dir / "overrides.txt") as temporary:
-        temporary.write_text("".join(f"{override}\n" for override in overrides), encoding="utf-8")
-    write_json(out_dir / "environment.json", _environment())
-    # Processes that Lightning starts for other devices run the same command line; they take this config instead.
-    os.environ[CONFIG_VARIABLE] = str(path.resolve())
-
-
-def _environment() -> dict[str, Any]:
-    packages = ("trainerkit", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "safetensors")
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
-        "commit": _commit(),
-        "platform": platform.platform(),
-        "device": {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpus": os.cpu_count()},
-        "command": sys.argv,
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the repository that trainerkit is run from, or None."""
-    here = Path(__file__).resolve().parent
+@contextmanager
+def _advice(checkpoint: Path | None, cfg: DictConfig) -> Iterator[None]:
+    """Turn what the user can put right, and only that, into a `UserError`; a bug keeps its traceback."""
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
+        yield
+    except StopRequested:
+        raise
+    except SystemExit as stop:  # how Lightning ends on Ctrl-C
+        print("\ntrainerkit: stopped before a step was whole; nothing new was saved.", file=sys.stderr)
+        raise SystemExit(130) from stop
+    except ValueError as error:
+        if re.match(
+            r"[\w.]+=", str(error)
+        ):  # 'name=value: what is allowed', as all constructors and callbacks here say it
+            raise UserError(str(error)) from error
+        raise
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if checkpoint is None or "Error(s) in loading" not in str(error):
+            raise
+        lines = differences(checkpoint, cfg, "task") or [str(error).splitlines()[1].strip()]
+        listing = "\n".join(f"  {line}" for line in lines)
+        raise UserError(
+            f"{checkpoint} does not fit this config.\n{listing}\nGive it the values it was trained with."
+        ) from error
 
 
-def _has_test_data(data: LightningDataModule) -> bool:
+def _can_test(task: LightningModule, data: LightningDataModule) -> bool:
+    """Whether there are a test step and test data."""
+    if not is_overridden("test_step", task) or not is_overridden("test_dataloader", data):
+        return False
     loader = data.test_dataloader()
-    return bool(loader is not None and len(loader))
+    return loader is not None and (not hasattr(loader, "__len__") or len(loader) > 0)
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:
@@ -315,13 +277,7 @@ def _history_metrics(trainer: Trainer) -> dict[str, float]:
 
 def _command(overrides: list[str], out_dir: Path) -> str:
     kept = [override for override in overrides if not override.startswith(("out_dir=", "resume="))]
-    return " ".join(["python -m trainerkit", *map(_quoted, kept), f"out_dir={_quoted(str(out_dir))}"])
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
+    return " ".join(["python -m trainerkit", *map(shlex.quote, kept), f"out_dir={shlex.quote(str(out_dir))}"])
 
 
 def _print_start(cfg: DictConfig, out_dir: Path, checkpoint: Path | None, trainer: Trainer) -> None:

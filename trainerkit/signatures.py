@@ -111,6 +111,13 @@ def _words(hint: Any) -> str:
     return words.get(hint, "")
 
 
+def is_open(target: Callable[..., Any]) -> bool:
+    """Whether a class or function takes any keyword, beyond what its base classes name."""
+    function = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds and not target.__module__.startswith("trainerkit.")
+
+
 def required(target: Callable[..., Any]) -> list[str]:
     """The named parameters that a class or function cannot do without."""
     function = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009

@@ -56,16 +56,16 @@ class Task(LightningModule):
         optimizer = make_optimizer(self._optimizer_factory, self, allow_fused=allow_fused)
         if self._scheduler_factory is None:
             return optimizer
-        total_steps = self.trainer.estimated_stepping_batches
-        if total_steps == float("inf"):
-            raise ValueError(
-                "max_epochs=-1: a schedule needs to know the length of the run; set max_epochs or max_steps, "
-                "or take no scheduler"
-            )
-        batches = self.trainer.num_training_batches
-        steps_per_epoch = max(1, -(-int(batches) // self.trainer.accumulate_grad_batches))
+        self.trainer.fit_loop.setup_data()  # or the number of batches is not known
+        total_steps, batches = (self.trainer.estimated_stepping_batches, self.trainer.num_training_batches)
+        steps_per_epoch = None
+        if batches != float("inf"):
+            steps_per_epoch = max(1, -(-int(batches) // self.trainer.accumulate_grad_batches))
         scheduler = make_scheduler(
-            self._scheduler_factory, optimizer, total_steps=int(total_steps), steps_per_epoch=steps_per_epoch
+            self._scheduler_factory,
+            optimizer,
+            total_steps=None if total_steps == float("inf") else int(total_steps),
+            steps_per_epoch=steps_per_epoch,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -90,7 +90,8 @@ class Task(LightningModule):
             for name, meter in self._meters.items():
                 if name.startswith("train/"):
                     self.log(f"{name}_step", meter.window(), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
-        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+        stops = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if trainer.is_last_batch or stops or trainer.global_step == trainer.max_steps:
             self._log_epoch("train/", on_step=False, on_epoch=True, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
@@ -104,13 +105,15 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """An epoch that is interrupted goes on with the sums it had."""
         checkpoint["tracked"] = {
-            name: meter.state() for name, meter in self._meters.items() if name.startswith("train/")
+            name: meter.state(self._sum_over_ranks) for name, meter in self._meters.items() if name.startswith("train/")
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the sums of an interrupted epoch back."""
-        for name, state in checkpoint.get("tracked", {}).items():
-            self._meters[name] = _Meter.from_state(state)
+        # The sums are those of all ranks: one of them takes them over.
+        if self.trainer.is_global_zero:
+            for name, state in checkpoint.get("tracked", {}).items():
+                self._meters[name] = _Meter.from_state(state)
 
     def _log_epoch(self, prefix: str, **options: Any) -> None:
         for name in [name for name in self._meters if name.startswith(prefix)]:
@@ -160,9 +163,9 @@ class _Meter:
             return total
         return total / weight if weight else float("nan")
 
-    def state(self) -> dict[str, Any]:
+    def state(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> dict[str, Any]:
         self._collect()
-        numbers = (self._sum, self._weight, self._window_sum, self._window_weight)
+        numbers = sum_over_ranks([self._sum, self._weight, self._window_sum, self._window_weight])
         return {"reduction": self.reduction, "numbers": numbers}
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from trainerkit.callbacks import CrashSafeCheckpoint, ExactResume
@@ -138,7 +139,7 @@ def _rows(data: LightningDataModule) -> dict[str, list[dict[str, Tensor]]]:
             train.sampler.set_epoch(epoch)
         found[f"train epoch {epoch}"] = list(train)
     for name in ("val_dataloader", "test_dataloader"):
-        loader: Any = getattr(data, name)()
+        loader: Any = getattr(data, name)() if is_overridden(name, data) else []
         if len(loader):
             found[name] = list(loader)
     return found

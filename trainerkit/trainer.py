@@ -33,7 +33,7 @@ class Trainer(pl.Trainer):
         if enable_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
-        if kwargs.get("profiler") is None:
+        if kwargs.get("profiler") is None and not kwargs.get("barebones"):
             kwargs["profiler"] = NoProfiler()
         super().__init__(**kwargs)
         given = self.fit_loop.epoch_loop

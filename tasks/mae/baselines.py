@@ -12,6 +12,7 @@ from trainerkit.tasks.mae.losses import masked_mse
 from trainerkit.tasks.mae.masking import hidden_positions
 
 _BATCH = 512
+_MOST_NUMBERS = 2**26  # in one of the covariance matrices of a batch: half a gigabyte
 
 
 def mean_fill(train: Tensor, x: Tensor) -> Tensor:
@@ -50,9 +51,10 @@ def gaussian_conditional(train: Tensor, x: Tensor, visible: Tensor, n_patches: i
     seen = (visible[:, :, None] * patch_size + torch.arange(patch_size)).flatten(1)
     identity = ridge * torch.eye(seen.shape[1], dtype=torch.float64)
     parts = []
-    for start in range(0, len(x), _BATCH):
-        index = seen[start : start + _BATCH]
-        offset = (x[start : start + _BATCH].double() - mean).gather(1, index)
+    batch = max(1, min(_BATCH, _MOST_NUMBERS // (seen.shape[1] * x.shape[1])))
+    for start in range(0, len(x), batch):
+        index = seen[start : start + batch]
+        offset = (x[start : start + batch].double() - mean).gather(1, index)
         among_seen = covariance[index[:, :, None], index[:, None, :]] + identity
         weights = torch.linalg.solve(among_seen, offset[:, :, None])
         parts.append(mean + (covariance[index].mT @ weights)[:, :, 0])

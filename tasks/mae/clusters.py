@@ -135,7 +135,7 @@ class LatentClusters(Callback):
     Args:
         min_clusters: the smallest number tried, 2 or more.
         max_clusters: the largest.
-        max_rows: fit on a random part of this size if there are more rows; all rows are labelled.
+        max_rows: measure, and fit the mixture, on a random part of this size if there are more rows.
         seed: of that part and of the starts.
 
     Raises:
@@ -155,6 +155,12 @@ class LatentClusters(Callback):
         self.seed = seed
         self._latents: list[Tensor] = []
         self._index: list[Tensor] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look for the optional packages before anything is predicted."""
+        if stage == "predict":
+            require("sklearn", _NEEDS)
+            require("matplotlib", _NEEDS)
 
     def on_predict_batch_end(
         self,

@@ -28,7 +28,9 @@ def fixed_visible(rows: Tensor, n_patches: int, n_visible: int, seed: int = 0) -
         seed: another seed gives another set of masks.
     """
     patches = torch.arange(n_patches, device=rows.device)
-    return _splitmix64((rows[:, None] * n_patches + patches) ^ (seed << 40)).argsort(1)[:, :n_visible]
+    # The golden ratio spreads seeds over all bits, and keeps any seed within int64.
+    spread = seed * 0x9E3779B97F4A7C15 % 2**62
+    return _splitmix64((rows[:, None] * n_patches + patches) ^ spread).argsort(1)[:, :n_visible]
 
 
 def hidden_positions(visible: Tensor, n_patches: int, patch_size: int) -> Tensor:

@@ -21,6 +21,8 @@ from trainerkit.tasks.mae.baselines import reconstruction_errors
 from trainerkit.tasks.mae.task import MaskedAutoencoderTask
 
 _BATCH = 1024
+# Rows that baselines and probes look at, of larger data sets an even selection.
+_MOST_TRAIN, _MOST_TEST = 20_000, 5_000
 
 
 @runtime_checkable
@@ -31,8 +33,8 @@ class HasRows(Protocol):
     def class_names(self) -> list[str]:
         """Names of the classes; empty without labels."""
 
-    def rows(self, split: Literal["train", "val", "test"]) -> dict[str, Tensor]:
-        """A split as one batch: `x` (N, L), `index` (N,), and `y` (N,) where there are labels."""
+    def rows(self, split: Literal["train", "val", "test"], limit: int | None = None) -> dict[str, Tensor]:
+        """At most `limit` rows of a split as one batch: `x` (N, L), `index` (N,), `y` (N,) where there are labels."""
 
 
 class ReconstructionReport(Callback):
@@ -49,6 +51,13 @@ class ReconstructionReport(Callback):
         self.probes = probes
         self.pictures = pictures
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look for the optional packages before anything is trained."""
+        if self.probes:
+            require("sklearn", "callbacks.reconstruction_report.probes=true")
+        if self.pictures:
+            require("matplotlib", "callbacks.reconstruction_report.pictures=true")
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute on the first process, log on all."""
         data = getattr(trainer, "datamodule", None)
@@ -63,7 +72,7 @@ class ReconstructionReport(Callback):
 
     @torch.inference_mode()
     def _report(self, folder: Path, task: MaskedAutoencoderTask, data: HasRows) -> dict[str, float]:
-        train, test = data.rows("train"), data.rows("test")
+        train, test = data.rows("train", _MOST_TRAIN), data.rows("test", _MOST_TEST)
         network = task.network
         visible = task.fixed_visible(test["index"])
         figures = reconstruction_errors(train["x"], test["x"], visible, network.n_patches)

@@ -34,10 +34,19 @@ def test_the_weights_that_were_scored_best_are_exported_in_any_order_with_ema(tm
 def test_the_best_value_goes_through_a_resume(tmp_path):
     best = BestWeights()
     best.load_state_dict({"best": 0.1})
-    module = Scripted()
-    toy_trainer(tmp_path, [best], max_epochs=5).fit(module, toy_loader(), toy_loader())
+    path = tmp_path / "best_model.safetensors"
+    path.write_bytes(b"the best so far")
+    toy_trainer(tmp_path, [best], max_epochs=5).fit(Scripted(), toy_loader(), toy_loader())
     assert best.state_dict() == {"best": 0.1}
-    assert not (tmp_path / "best_model.safetensors").exists()
+    assert path.read_bytes() == b"the best so far"
+
+
+def test_in_a_new_folder_an_old_best_value_does_not_count(tmp_path):
+    best = BestWeights()
+    best.load_state_dict({"best": 0.1})
+    toy_trainer(tmp_path, [best], max_epochs=5).fit(Scripted(), toy_loader(), toy_loader())
+    assert best.state_dict() == {"best": 0.5}
+    assert (tmp_path / "best_model.safetensors").exists()
 
 
 def test_without_validation_the_epochs_end_counts_and_nan_never_wins(tmp_path):

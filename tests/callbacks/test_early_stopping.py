@@ -87,7 +87,7 @@ def test_without_validation_the_training_metric_is_read(tmp_path):
 
 
 def test_a_metric_that_is_not_logged_is_an_error_that_lists_what_is(tmp_path):
-    with pytest.raises(RuntimeError, match="monitor=val/los: was not logged; logged are: .*val/loss"):
+    with pytest.raises(ValueError, match="monitor=val/los: was not logged; logged are: .*val/loss"):
         epochs_run(tmp_path, BEST_AT_2, EarlyStopping("val/los"))
 
 

@@ -66,7 +66,7 @@ def test_a_loader_goes_on_where_it_was(workers):
     stream = iter(loader)
     first = [next(stream)["index"].tolist() for _ in range(2)]
     state = loader.state_dict()
-    assert state == {"batches": 2, "batch_size": 4}
+    assert state == {"epoch": 0, "batches": 2, "batch_size": 4}
     resumed = make()
     resumed.load_state_dict(state)
     assert first + [batch["index"].tolist() for batch in resumed] == whole
@@ -79,8 +79,16 @@ def test_resuming_in_mid_epoch_with_another_batch_size_is_refused():
     with pytest.raises(
         ValueError, match="batch_size=3: the checkpoint stands in the middle of an epoch with batches of 4"
     ):
-        loader.load_state_dict({"batches": 1, "batch_size": 4})
-    loader.load_state_dict({"batches": 0, "batch_size": 4})
+        loader.load_state_dict({"epoch": 0, "batches": 1, "batch_size": 4})
+    loader.load_state_dict({"epoch": 0, "batches": 0, "batch_size": 4})
+
+
+def test_the_position_in_one_epoch_is_not_taken_for_the_next_ones():
+    """An epoch that was cut short by limit_train_batches is over although not all its batches were given."""
+    loader = BatchLoader(ArrayDataset({"x": torch.arange(20)}), EpochBatches(20, 2, shuffle=False))
+    loader.load_state_dict({"epoch": 3, "batches": 8, "batch_size": 2})
+    loader.sampler.set_epoch(4)
+    assert len(list(loader)) == 10
 
 
 def test_a_batch_is_one_indexing_of_tensors_arrays_and_memory_maps(tmp_path):

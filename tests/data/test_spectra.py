@@ -160,6 +160,16 @@ def test_bad_csv_files_name_line_and_column(tmp_path, content, message):
         read_table(text(tmp_path, content))
 
 
+def test_a_first_line_of_names_numbers_or_both(tmp_path):
+    table, _ = read_table(text(tmp_path, "400,410\n1,2\n", "a.csv"), header=True)
+    assert table.tolist() == [[1, 2]]
+    assert len(read_table(text(tmp_path, "400,410\n1,2\n", "a.csv"))[0]) == 2
+    with pytest.raises(
+        UserError, match="line 1, column 2 is 'N/A', not a number. If line 1 holds names, say header=true"
+    ):
+        read_table(text(tmp_path, "1,N/A\n1,2\n", "a.csv"))
+
+
 def test_nan_is_named_by_row_and_column(tmp_path):
     table = smooth_spectra(rows=20, bands=6)
     table[13, 4] = np.nan

@@ -109,14 +109,24 @@ class EpochBatches(Sampler[Tensor]):
         self.num_replicas = num_replicas
         self.rank = rank
         self.epoch = 0
-        self.start = 0  # batches to skip, once, at the beginning of the next iteration
+        self._resume: tuple[int, int] = (0, 0)  # an epoch, and the batches to skip, once, at its beginning
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation; Lightning calls it before each epoch."""
         self.epoch = epoch
 
+    def resume_at(self, epoch: int, batches: int) -> None:
+        """Skip so many batches if the next iteration is that of this epoch."""
+        self._resume = (epoch, batches)
+
+    @property
+    def start(self) -> int:
+        """Batches that the next iteration skips."""
+        return self._resume[1] if self._resume[0] == self.epoch else 0
+
     def __iter__(self) -> Iterator[Tensor]:
-        start, self.start = self.start, 0
+        start = self.start
+        self._resume = (0, 0)
         mine = self._order()[self.rank :: self.num_replicas]
         for position in range(start * self.batch_size, len(mine), self.batch_size):
             yield mine[position : position + self.batch_size]
@@ -189,7 +199,7 @@ class BatchLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Batches given in this epoch, 0 once it is over."""
-        return {"batches": self._given % len(self), "batch_size": self.sampler.batch_size}
+        return {"epoch": self.sampler.epoch, "batches": self._given % len(self), "batch_size": self.sampler.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next iteration after the batches that were given before."""
@@ -198,7 +208,8 @@ class BatchLoader:
                 f"batch_size={self.sampler.batch_size}: the checkpoint stands in the middle of an epoch with batches "
                 f"of {state['batch_size']}; resume with that size, or from the end of an epoch"
             )
-        self.sampler.start = state["batches"]
+        # An epoch that `limit_train_batches` cut short is over; its position is not the next one's.
+        self.sampler.resume_at(state["epoch"], state["batches"])
 
 
 class _Here:

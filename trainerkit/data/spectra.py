@@ -46,6 +46,7 @@ class SpectraData(LightningDataModule):
     Args:
         path: a .npy, .npz, .csv or .parquet file.
         label: name of the label column or array; becomes `y`, class numbers in the order of the sorted labels.
+        header: whether line 1 of a .csv holds names; None for yes if no cell of it is a number.
         seq_len: length of a spectrum as the network sees it; None takes the file's.
         fit_length: what to do where the file's length is another: 'exact' refuses, 'pad' repeats the last band,
             'crop' leaves out the last bands.
@@ -69,6 +70,7 @@ class SpectraData(LightningDataModule):
         path: str,
         *,
         label: str | None = None,
+        header: bool | None = None,
         seq_len: int | None = None,
         fit_length: FitLength = "exact",
         normalize: Normalize = "zscore",
@@ -101,6 +103,7 @@ class SpectraData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._label = label
+        self._header = header
         self._seq_len = seq_len
         self._fit_length = fit_length
         self._normalize = normalize
@@ -114,7 +117,7 @@ class SpectraData(LightningDataModule):
 
     def load(self) -> tuple[Table, Table | None]:
         """The numbers, (rows, bands), and the labels, (rows,), or None."""
-        return read_table(self.path, self._label)
+        return read_table(self.path, self._label, self._header)
 
     def roles(self, rows: int) -> NDArray[np.int64]:
         """Each row's part, (rows,): 0 to train, 1 to validate, 2 to test."""
@@ -131,13 +134,15 @@ class SpectraData(LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes in `y`; empty without labels."""
+        self.setup("test")
         return self._classes
 
-    def rows(self, split: Split) -> Batch:
-        """All of a split as one batch, as the network sees it; for baselines and pictures."""
+    def rows(self, split: Split, limit: int | None = None) -> Batch:
+        """A split as one batch, as the network sees it, thinned out evenly to `limit` rows; for baselines."""
         self.setup("test")
         dataset = self._datasets[split]
-        return dataset[torch.arange(len(dataset))]
+        count = len(dataset) if limit is None else min(limit, len(dataset))
+        return dataset[torch.linspace(0, len(dataset) - 1, count, dtype=torch.float64).round().long()]
 
     def has(self, split: Split) -> bool:
         """Whether a split has any row."""

@@ -3,6 +3,7 @@
 import csv
 import math
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ _CHUNK_ROWS = 65536
 Table = NDArray[Any]
 
 
-def read_table(path: str | Path, label: str | None = None) -> tuple[Table, Table | None]:
+def read_table(path: str | Path, label: str | None = None, header: bool | None = None) -> tuple[Table, Table | None]:
     """Read a two-dimensional table of numbers, a row a sample.
 
     Args:
         path: a .npy file (memory-mapped), .npz (the first two-dimensional array in it), .csv (comma, semicolon or tab;
             a header is recognised) or .parquet.
         label: the name of the label column (.csv with a header, .parquet) or array (.npz); its values may be text.
+
+        header: whether line 1 of a .csv holds names; None for yes if no cell of it is a number.
 
     Returns:
         The numbers, (rows, columns), and the labels, (rows,), or None.
@@ -46,8 +49,10 @@ def read_table(path: str | Path, label: str | None = None) -> tuple[Table, Table
                 f"{path}: a .npy file has no named columns, so no label={label}; use .npz, .csv or .parquet."
             )
         return _numbers(_load_numpy(path), path), None
-    reader = {".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
-    table, labels = reader(path, label)
+    if path.suffix == ".csv":
+        table, labels = _read_csv(path, label, header)
+    else:
+        table, labels = (_read_npz if path.suffix == ".npz" else _read_parquet)(path, label)
     return _numbers(table, path), labels
 
 
@@ -97,7 +102,7 @@ def _numbers(table: Table, path: Path) -> Table:
 def _load_numpy(path: Path) -> Any:
     try:
         return np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read as {path.suffix} ({error}).") from error
 
 
@@ -137,11 +142,18 @@ def _read_parquet(path: Path, label: str | None) -> tuple[Table, Table | None]:
     return np.stack(columns, axis=1), labels
 
 
-def _read_csv(path: Path, label: str | None) -> tuple[Table, Table | None]:
+def _read_csv(path: Path, label: str | None, header: bool | None) -> tuple[Table, Table | None]:
     first = _first_row(path)
     delimiter = max(",;\t", key=first.count)
     cells = next(csv.reader([first], delimiter=delimiter))
-    header = not all(_is_number(cell) for cell in cells)
+    numbers = [_is_number(cell) for cell in cells]
+    if header is None and any(numbers) and not all(numbers):
+        wrong = numbers.index(False)
+        raise UserError(
+            f"{path}: line 1, column {wrong + 1} is {cells[wrong]!r}, not a number. "
+            "If line 1 holds names, say header=true (data.header=true)."
+        )
+    header = not any(numbers) if header is None else header
     if label is not None and (not header or label not in cells):
         raise UserError(f"{path}: has no column {label}; its first row is {', '.join(cells[:10])}.")
     skip = cells.index(label) if label is not None else None

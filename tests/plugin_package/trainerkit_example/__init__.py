@@ -42,6 +42,3 @@ class LineData(LightningDataModule):
 
     def val_dataloader(self):
         return self._loader(1, False)
-
-    def test_dataloader(self):
-        return []

@@ -1,0 +1,99 @@
+"""What a run leaves beside its results: the config as it was, the overrides, the environment."""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from trainerkit.files import replacing, write_json
+
+CONFIG_VARIABLE = "TRAINERKIT_RESOLVED_CONFIG"
+
+
+class WriteFacts(Callback):
+    """Write config.yaml, overrides.txt and environment.json when training starts.
+
+    Not before: a checkpoint that does not fit must leave the files of the run that it belongs to. The config of a
+    resumed run is kept as config.previous.yaml if it was another.
+    """
+
+    def __init__(self, cfg: DictConfig, overrides: list[str]) -> None:
+        self._config = OmegaConf.to_yaml(cfg)
+        self._overrides = "".join(f"{override}\n" for override in overrides)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Everything is restored by now."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        path = folder / "config.yaml"
+        if path.exists() and path.read_text(encoding="utf-8") != self._config:
+            path.replace(folder / "config.previous.yaml")
+        for name, text in (("config.yaml", self._config), ("overrides.txt", self._overrides)):
+            with replacing(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        write_json(folder / "environment.json", environment())
+
+
+def pass_to_children(cfg: DictConfig) -> None:
+    """Leave the resolved config where processes that Lightning starts for other devices find it.
+
+    They run the same command line, and would resolve a timestamp, or a whole sweep, anew.
+    """
+    handle, name = tempfile.mkstemp(prefix="trainerkit-", suffix=".yaml")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(OmegaConf.to_yaml(cfg))
+    os.environ[CONFIG_VARIABLE] = name
+
+
+def differences(checkpoint: Path, cfg: DictConfig, part: str) -> list[str]:
+    """What a part of the config was in the run that wrote a checkpoint, and is now."""
+    path = checkpoint.parent.parent / "config.yaml"
+    if not path.exists():
+        return []
+    then, now = (dict(_flat(OmegaConf.select(OmegaConf.load(path), part), part)), dict(_flat(cfg.get(part), part)))
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    return [f"{key} was {then.get(key)}, is {now.get(key)}" for key in changed]
+
+
+def _flat(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, DictConfig):
+        for name in map(str, node):
+            yield from _flat(node[name], f"{key}.{name}")
+    else:
+        yield key, node
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, device and command, for environment.json."""
+    packages = ("trainerkit", "torch", "lightning", "torchmetrics", "hydra-core", "omegaconf", "numpy", "safetensors")
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "device": {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpus": os.cpu_count()},
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the repository that trainerkit is run from, or None."""
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
