@@ -1,5 +1,6 @@
 """What a run leaves beside its results: the config as it was, the overrides, the environment."""
 
+import atexit
 import os
 import platform
 import subprocess
@@ -53,6 +54,7 @@ def pass_to_children(cfg: DictConfig) -> None:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(OmegaConf.to_yaml(cfg))
     os.environ[CONFIG_VARIABLE] = name
+    atexit.register(Path(name).unlink, missing_ok=True)
 
 
 def differences(checkpoint: Path, cfg: DictConfig, part: str) -> list[str]:

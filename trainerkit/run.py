@@ -62,7 +62,8 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
 
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, task, trainer = _build_all(cfg, overrides, out_dir, allow)
-    pass_to_children(cfg)
+    if trainer.world_size > 1:
+        pass_to_children(cfg)
     _print_start(cfg, out_dir, checkpoint, trainer)
     with _advice(checkpoint, cfg):
         if cfg.stage == "fit":
@@ -233,12 +234,11 @@ def _advice(checkpoint: Path | None, cfg: DictConfig) -> Iterator[None]:
     except StopRequested:
         raise
     except SystemExit as stop:  # how Lightning ends on Ctrl-C
-        print("\ntrainerkit: stopped before a step was whole; nothing new was saved.", file=sys.stderr)
+        print("\ntrainerkit: stopped; checkpoints that were written before are whole.", file=sys.stderr)
         raise SystemExit(130) from stop
     except ValueError as error:
-        if re.match(
-            r"[\w.]+=", str(error)
-        ):  # 'name=value: what is allowed', as all constructors and callbacks here say it
+        # 'name=value: what is allowed' is how all constructors and callbacks here say it.
+        if re.match(r"[\w.]+=", str(error)):
             raise UserError(str(error)) from error
         raise
     except MisconfigurationException as error:
