@@ -53,7 +53,8 @@ class ReconstructionReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look for the optional packages before anything is trained."""
-        if self.probes:
+        data = getattr(trainer, "datamodule", None)
+        if self.probes and isinstance(data, HasRows) and data.class_names:
             require("sklearn", "callbacks.reconstruction_report.probes=true")
         if self.pictures:
             require("matplotlib", "callbacks.reconstruction_report.pictures=true")
