@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainerkit.callbacks._validation import validates
+from trainerkit.callbacks._trainer import validates
 from trainerkit.files import replacing
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from trainerkit.callbacks._validation import validates
+from trainerkit.callbacks._trainer import validates
 from trainerkit.files import replacing
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

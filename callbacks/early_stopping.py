@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from trainerkit.callbacks._validation import validates
+from trainerkit.callbacks._trainer import validates
 
 
 class EarlyStopping(Callback):

@@ -1,0 +1,84 @@
+"""What several callbacks ask of a Trainer of either namespace (`lightning.pytorch`, `pytorch_lightning`)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+# By name, since each namespace has classes of its own.
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+
+def validates(trainer: Trainer) -> bool:
+    """Whether this fit has validation batches; `trainer.enable_validation` is True for an empty loader too."""
+    return trainer.enable_validation and sum(trainer.num_val_batches) > 0
+
+
+def step_number(trainer: Trainer) -> int:
+    """The number, from 1, of the optimizer step that this batch belongs to, and continued by a resume.
+
+    Several optimizers that step in one batch (manual optimization) count once, as they do on a logger's axis;
+    `trainer.global_step` counts each of them.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+
+
+def is_stepping(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether this batch ends its accumulation window; with manual optimization every batch does."""
+    return not pl_module.automatic_optimization or not trainer.fit_loop._should_accumulate()
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Hand numbers to every logger there is, at the step of Lightning's own metrics of this batch.
+
+    They also go to `trainer.callback_metrics`, where other callbacks find what they monitor. Cheaper than `self.log`,
+    which takes 0.4 ms a value.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+
+
+def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
+    """Refuse strategies whose parameters are pieces of tensors.
+
+    Raises:
+        ValueError: for FSDP, ModelParallel (FSDP2, tensor parallel) and DeepSpeed.
+    """
+    strategy = type(trainer.strategy).__name__
+    if strategy in _SHARDED:
+        raise ValueError(
+            f"strategy={strategy}: {type(callback).__name__} does not work on sharded parameters; use DDP or one device"
+        )
+
+
+class StepHooks:
+    """Calls a function right after each optimizer step that was made, under automatic and manual optimization alike.
+
+    Lightning has no such hook, and its counters advance for a step that the gradient scaler skipped as well. These are
+    hooks on the optimizers themselves: a skipped step calls nothing, and each optimizer's steps are told apart.
+
+    What changes weights attaches in `on_fit_start`, what reads them in `on_train_start`: hooks run in the order in
+    which they were attached, so readers see the final weights in whatever order the callbacks stand.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def attach(self, trainer: Trainer, after_step: Callable[[int, Optimizer], None]) -> None:
+        """Call `after_step(index, optimizer)`, the index being that in `trainer.optimizers`."""
+        self.detach()
+        for index, optimizer in enumerate(trainer.optimizers):
+
+            def hook(optimizer: Optimizer, args: Any, kwargs: Any, index: int = index) -> None:
+                after_step(index, optimizer)
+
+            self._handles.append(optimizer.register_step_post_hook(hook))
+
+    def detach(self) -> None:
+        """Remove the hooks; in `teardown` and `on_exception`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
