@@ -66,8 +66,10 @@ class EarlyStopping(Callback):
         self.waited = state_dict["waited"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that was killed after its patience had run out is not trained further."""
+        """A run that was killed after its patience had run out is not trained further; a new run counts anew."""
         self.reason = None
+        if trainer.global_step == 0:
+            self.best, self.waited = math.inf if self.mode == "min" else -math.inf, 0
         if self.patience is not None:
             self._stop_if_spent(trainer, trainer.current_epoch)
 

@@ -1,12 +1,4 @@
-"""The contract of tasks and data, as checks that an outside package runs in its own tests.
-
-    from trainerkit.testing import check_task
-
-    def test_my_task(tmp_path):
-        check_task(lambda: MyTask(), lambda: MyData(), tmp_path)
-
-Each raises AssertionError with a sentence that says what is missing.
-"""
+"""What tasks and data modules must keep."""
 
 from collections.abc import Callable
 from contextlib import suppress
