@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from trainerkit.callbacks._trainer import validates
 from trainerkit.files import replacing
@@ -85,7 +84,10 @@ class CrashSafeCheckpoint(Checkpoint):
         self.best_model_score = state_dict["best_model_score"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Point at files that are there already."""
+        """Point at files that are there already, and stand last: the others have to be done when a file is written."""
+        if self not in trainer.checkpoint_callbacks:
+            # The other namespace's Trainer moves only checkpoints of its own class to the end.
+            trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # type: ignore[attr-defined]
         folder = Path(trainer.default_root_dir) / self.dirname
         self.best_model_path = str(folder / "best.ckpt") if (folder / "best.ckpt").exists() else ""
         self.last_model_path = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else ""
@@ -179,7 +181,7 @@ class CrashSafeCheckpoint(Checkpoint):
             return
         self._signum = signum
         # Ctrl-C reaches every process of a terminal; another signal only this one, so it is passed on.
-        if signum != signal.SIGINT and isinstance(self._launcher, _SubprocessScriptLauncher):
+        if signum != signal.SIGINT and type(self._launcher).__name__ == "_SubprocessScriptLauncher":
             self._launcher.kill(signum)
         name = signal.Signals(signum).name
         print(f"\n{name}: finishing this step and saving; once more to stop at once.", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.support import ToyModule, toy_loader, toy_trainer
-from trainerkit.callbacks import CrashSafeCheckpoint, StopRequested
+from trainerkit.callbacks import CrashSafeCheckpoint, History, StopRequested
 
 
 class Scripted(ToyModule):
@@ -95,3 +95,28 @@ def test_handlers_are_given_back_after_a_normal_run(tmp_path):
 def test_wrong_arguments_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         CrashSafeCheckpoint(**options)
+
+
+def test_under_the_other_namespace_it_is_written_after_the_other_callbacks_too(tmp_path):
+    import pytorch_lightning
+    from torch.utils.data import DataLoader
+
+    class Other(pytorch_lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callbacks = [CrashSafeCheckpoint(monitor=None), History()]
+    trainer = pytorch_lightning.Trainer(
+        max_epochs=3, accelerator="cpu", callbacks=callbacks, default_root_dir=tmp_path, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Other(), DataLoader(torch.randn(8, 2), batch_size=4))
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert [record["epoch"] for record in saved["callbacks"]["History"]["records"]] == [1, 2, 3]

@@ -78,7 +78,10 @@ def examine_callback(
 
 
 def check_together(makers: Sequence[MakeCallback], folder: Path) -> None:
-    """Check that callbacks get along: a run of two epochs, stopped and resumed, equals the uninterrupted one.
+    """Check that callbacks get along, in one run of two epochs.
+
+    - Stopped and resumed, in the first epoch and in the second, it equals the uninterrupted run.
+    - It gives the same with the callbacks in reverse order.
 
     Args:
         makers: make the callbacks, in the order in which they stand.
@@ -88,7 +91,9 @@ def check_together(makers: Sequence[MakeCallback], folder: Path) -> None:
         AssertionError: if they do not.
     """
     with quiet():
-        finding = _resumes(Bench(makers, folder), saves=(2, BATCHES + 1))
+        finding = _resumes(Bench(makers, folder / "resumed"), saves=(2, BATCHES + 1))
+        one, other = (Bench(order, folder / "orders").fit() for order in (makers, makers[::-1]))
+        finding = finding or _differ(one, other, "with the callbacks in one order and in the other")
     assert finding is None, finding
 
 
