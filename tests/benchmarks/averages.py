@@ -1,10 +1,12 @@
 """What an average of the weights costs: `python -m tests.benchmarks.averages`.
 
 One update, turn by turn, for 400 tensors of 16 numbers and for 28 million numbers in 36 tensors: a bare
-`torch._foreach_lerp_` (the limit), EMA, Lightning's EMAWeightAveraging, torch's AveragedModel with its foreach function. Then
-what a validation pays for having the average: swap in and out.
+`torch._foreach_lerp_` (the limit), EMA, Lightning's EMAWeightAveraging, torch's AveragedModel with its foreach function,
+ema-pytorch where it is installed (pip install --no-deps ema-pytorch==0.8.3). Then what a validation pays for having the
+average: swap in and out.
 """
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -66,6 +68,17 @@ def contenders(tensors: int, numbers: int) -> dict[str, Callable[[], object]]:
     }
 
 
+def against_ema_pytorch(tensors: int, numbers: int) -> dict[str, Callable[[], object]]:
+    """As fast as ema-pytorch goes: an update a step, no start to wait for, its foreach option."""
+    from ema_pytorch import EMA as Theirs
+
+    module = Weights(tensors, numbers)
+    theirs = Theirs(module, beta=0.999, update_every=1, update_after_step=0, use_foreach=True)
+    ours = contenders(tensors, numbers)
+    names = ("bare torch._foreach_lerp_", "EMA")
+    return {name: ours[name] for name in names} | {"ema-pytorch, foreach": theirs.update}
+
+
 def median(functions: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, float]:
     """Seconds a call, the contenders taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -89,6 +102,10 @@ def main(rounds: int = 21) -> None:
         table(title, medians, against="bare torch._foreach_lerp_")
         ratio = medians["Lightning's EMAWeightAveraging"] / medians["EMA"]
         print(f"  EMA is {ratio:.1f} times as fast as Lightning's")
+        if importlib.util.find_spec("ema_pytorch"):
+            # By itself: what one contender leaves in the allocator decides what the temporaries of another cost.
+            medians = median(against_ema_pytorch(tensors, numbers), rounds, repeats)
+            table(title, medians, against="bare torch._foreach_lerp_")
 
 
 if __name__ == "__main__":
