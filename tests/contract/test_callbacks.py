@@ -17,16 +17,26 @@ OURS = [name for name, path in FILES.items() if "_target_: trainerkit.callbacks.
 BENCH = {
     "ema": {"decay": 0.9, "buffers": "average"},
     "early_stopping": {"patience": 1, "start_ratio": 0.0},
+    "gradient_accumulation": {"steps": 3},
     "parameter_norm_clip": {"max_norm": 0.5},
+    "progressive_unfreezing": {"warmup_steps": 3},
 }
+# That measure every so many steps, at every one.
+MEASURING = ("activation_stats", "gradient_flow", "memory_monitor", "parameter_stats", "throughput")
 # Told to begin after the end of the run: must change nothing.
 IDLE = {
     "ema": {"start_step": 1000},
     "early_stopping": {"patience": None},
     "parameter_norm_clip": {"max_norm": 1e6},
+    "progressive_unfreezing": {"initial": "*"},
 }
 # What a callback cannot keep, and why.
-SKIP: dict[str, dict[str, str]] = {}
+SKIP = {
+    "gradient_accumulation": {
+        "manual optimization": "a module that optimizes by hand accumulates by hand; refused in setup",
+        "accumulated batches": "it sets the Trainer's accumulate_grad_batches itself and refuses another",
+    },
+}
 
 
 def maker(name, options=None):
@@ -46,5 +56,5 @@ def test_it_keeps_the_contract(name, tmp_path):
 
 
 def test_options_and_exceptions_are_of_callbacks_that_exist():
-    assert {*BENCH, *IDLE, *SKIP} <= set(OURS)
+    assert {*BENCH, *IDLE, *SKIP, *MEASURING} <= set(OURS)
     assert all(set(skipped) <= set(PROPERTIES) and all(skipped.values()) for skipped in SKIP.values())

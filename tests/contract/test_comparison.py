@@ -104,7 +104,7 @@ def test_the_page_lists_no_other():
         ("GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})", "mean of the window", "times their mean"),
         ("GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})", "resume at every batch", "weights .* differ"),
         ("SpikeDetection()", "resume at every batch", "cannot be resumed"),
-        ("SpikeDetection()", "no waiting for the device", "copies to the host in 12 steps"),
+        ("SpikeDetection()", "no waiting for the device", "copies to the host in 11 steps"),
         ("DeviceStatsMonitor(cpu_stats=False)", "any loggers", "Cannot use"),
         ("LearningRateMonitor()", "any loggers", "no logger"),
     ],

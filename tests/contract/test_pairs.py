@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from tests.contract.test_callbacks import BENCH, OURS, maker
+from tests.contract.test_callbacks import BENCH, MEASURING, OURS, maker
 from tests.support import ROOT
 from trainerkit.testing import check_together
 
@@ -18,7 +18,7 @@ REFUSED: dict[tuple[str, str], str] = {}
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_two_callbacks_get_along(one, other, tmp_path):
-    makers = [maker(name, BENCH.get(name)) for name in (one, other)]
+    makers = [maker(name, {"every_n_steps": 1} if name in MEASURING else BENCH.get(name)) for name in (one, other)]
     if (one, other) in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[one, other]):
             check_together(makers, tmp_path)

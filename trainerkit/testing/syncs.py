@@ -19,6 +19,7 @@ _OPERATORS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal"}
 class SyncCounter:
     """Counts, between the first callback's `on_train_batch_start` and the last one's `on_train_batch_end`.
 
+    The first batch of a run does not count: what is done once may wait for the device.
     In Python and below it: `float(tensor)` is seen as a call, an `.item()` inside torch's C++ as an operator. Where the
     tensors are on CUDA, torch's own sync debug mode raises as well.
     """
@@ -57,7 +58,7 @@ class _Opens(Callback):
         trainer.callbacks[-1].after_batch = lambda: self.counter.switch(False)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.counter.switch(True)
+        self.counter.switch(trainer.fit_loop.epoch_loop.total_batch_idx > 0)
 
 
 class _Functions(TorchFunctionMode):
@@ -66,9 +67,14 @@ class _Functions(TorchFunctionMode):
         self.counter = counter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.counter.active and getattr(func, "__name__", "") in _CALLS:
-            self.counter.count += 1
-        return func(*args, **(kwargs or {}))
+        if not self.counter.active or getattr(func, "__name__", "") not in _CALLS:
+            return func(*args, **(kwargs or {}))
+        self.counter.count += 1
+        self.counter.active = False  # the operator below it is the same copy
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.counter.active = True
 
 
 class _Operators(TorchDispatchMode):

@@ -1,0 +1,124 @@
+"""What the statistics callbacks cost: `python -m tests.benchmarks.statistics`.
+
+The documented masked autoencoder, batches of 128, gradient clipping, a CSV logger. In each run every second step is
+measured; the cost is the median difference of neighbouring steps, so that a machine that slows down slows both.
+Then the reduction alone, on 800 small tensors, beside Lightning's `grad_norm`, which has no weights' norms.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning import pytorch as pl
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import grad_norm
+from torch import nn
+
+from tests.benchmarks.mae_training import LENGTH, OPTIMIZER, SCHEDULE, SIZES, by_hand
+from tests.benchmarks.turns import measure, quiet, table
+from trainerkit.callbacks import ActivationStats, GradientFlow, ParameterStats
+from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
+from trainerkit.functional.statistics import norms
+from trainerkit.tasks.mae import MaskedAutoencoder, MaskedAutoencoderTask
+from trainerkit.trainer import Trainer
+
+BATCH, STEPS, TENSORS = 128, 24, 800
+NEVER = 10**9
+
+# Each measures every second step.
+MEASURED: dict[str, Callable[[], pl.Callback]] = {
+    "ParameterStats, norms and their ratio": lambda: ParameterStats(every_n_steps=2, full_every_n_steps=NEVER),
+    "ParameterStats, everything": lambda: ParameterStats(every_n_steps=2, full_every_n_steps=2),
+    "GradientFlow without its picture": lambda: GradientFlow(every_n_steps=2, picture=False),
+    "GradientFlow": lambda: GradientFlow(every_n_steps=2),
+    "ActivationStats": lambda: ActivationStats(every_n_steps=2),
+}
+
+
+class Starts(pl.Callback):
+    """When each batch began, and the last one ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_start(self, *_) -> None:
+        self.times.append(time.perf_counter())
+
+    def on_train_end(self, *_) -> None:
+        self.times.append(time.perf_counter())
+
+
+def pairs(callback: pl.Callback, folder: Path) -> list[tuple[float, float]]:
+    """Seconds of each step that is not measured and of the measured one after it; the first pair is left out."""
+    starts = Starts()
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=CSVLogger(folder), callbacks=[starts, callback], gradient_clip_val=1.0,
+        enable_model_summary=False, enable_progress_bar=False, enable_checkpointing=False, default_root_dir=folder,
+    )  # fmt: skip
+    task = MaskedAutoencoderTask(MaskedAutoencoder(**SIZES), optimizer=OPTIMIZER, scheduler=SCHEDULE)
+    x = torch.randn(BATCH * STEPS, LENGTH).cumsum(1)
+    trainer.fit(task, BatchLoader(ArrayDataset({"x": x}), EpochBatches(len(x), BATCH, shuffle=True)))
+    took = [end - start for start, end in zip(starts.times, starts.times[1:], strict=False)]
+    return list(zip(took[2::2], took[3::2], strict=True))
+
+
+def measured_steps(rounds: int) -> None:
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURED}
+    for _ in range(rounds):
+        for name, make in MEASURED.items():
+            with tempfile.TemporaryDirectory() as folder:
+                found[name] += pairs(make(), Path(folder))
+    by_hand_step = measure({"hand-written": by_hand(BATCH)}, min(rounds, 3))["hand-written"]
+    print(f"\nA measured step of the documented model, batches of {BATCH}")
+    print(f"  the hand-written step takes {by_hand_step * 1e3:.1f} ms")
+    for name, steps in found.items():
+        without = statistics.median(off for off, _ in steps)
+        more = statistics.median(on - off for off, on in steps)
+        print(f"  {name:<38}  {more * 1e3:+8.3f} ms on {without * 1e3:.1f} ms: {more / without:+.2%}")
+
+
+def many_tensors() -> nn.Module:
+    module = nn.ParameterList([nn.Parameter(torch.randn(32, 32)) for _ in range(TENSORS)])
+    for parameter in module:
+        parameter.grad = torch.randn_like(parameter)
+    return module
+
+
+def reduction(prepare: Callable[[nn.Module], Callable[[], object]], repeats: int = 30) -> Callable[[Path], float]:
+    def run(folder: Path) -> float:
+        reduce = prepare(many_tensors())
+        start = time.perf_counter()
+        for _ in range(repeats):
+            reduce()
+        return (time.perf_counter() - start) / repeats
+
+    return run
+
+
+def gradients_to_host(module: nn.Module) -> Callable[[], object]:
+    parameters = list(module.parameters())  # the callback has them at hand
+    return lambda: norms([parameter.grad for parameter in parameters], uniform=True).tolist()
+
+
+def both_to_host(module: nn.Module) -> Callable[[], object]:
+    parameters = list(module.parameters())
+    return lambda: norms([*parameters, *(parameter.grad for parameter in parameters)], uniform=True).tolist()
+
+
+def main(rounds: int = 5) -> None:
+    quiet()
+    measured_steps(rounds)
+    contenders = {
+        "Lightning's grad_norm": reduction(lambda module: lambda: grad_norm(module, norm_type=2)),
+        "ours, gradients": reduction(gradients_to_host),
+        "ours, gradients and weights": reduction(both_to_host),
+    }
+    table(f"Norms of {TENSORS} tensors, on the host", measure(contenders, rounds), "Lightning's grad_norm")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
