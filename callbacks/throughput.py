@@ -121,7 +121,7 @@ class Throughput(Callback):
         self._clock: Callable[[], float] = time.perf_counter
         self._before = {"samples": 0, "tokens": 0}  # in earlier processes, over all ranks
         self._counter: FlopCounter | None = None
-        self._fetching: Any = None  # the loop whose fetches are timed
+        self._wrapped: list[tuple[Any, str]] = []  # methods of Lightning's loops
         self._begin()
 
     def _begin(self) -> None:
@@ -162,11 +162,11 @@ class Throughput(Callback):
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to time what the loop waits for."""
+        """Begin to time the loop."""
         if trainer.global_step == 0:
             self._before = {"samples": 0, "tokens": 0}
         self._begin()
-        self._time_fetches(trainer)
+        self._enter_loop(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the training loop as it was."""
@@ -180,10 +180,13 @@ class Throughput(Callback):
 
     # The time
 
-    def _time_fetches(self, trainer: Trainer) -> None:
-        """Lightning's loop calls these two around `next(loader)`, for its profiler."""
-        loop = self._fetching = trainer.fit_loop.epoch_loop
-        before, after = loop._on_before_fetch, loop._on_after_fetch
+    def _enter_loop(self, trainer: Trainer) -> None:
+        """Time `next(loader)`, around which Lightning calls two methods for its profiler, and stop for validation.
+
+        A validation's loader starts its workers before any hook of a callback is called.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        before, after, validate = loop._on_before_fetch, loop._on_after_fetch, loop.val_loop.run
 
         def on_before_fetch() -> None:
             if self._timing:
@@ -195,14 +198,18 @@ class Throughput(Callback):
             after()
             self._watch.go_on()
 
-        loop.__dict__ |= {"_on_before_fetch": on_before_fetch, "_on_after_fetch": on_after_fetch}
+        def run() -> Any:
+            self._pause(trainer)
+            return validate()
+
+        self._wrapped = [(loop, "_on_before_fetch"), (loop, "_on_after_fetch"), (loop.val_loop, "run")]
+        for (owner, name), wrapper in zip(self._wrapped, (on_before_fetch, on_after_fetch, run), strict=True):
+            owner.__dict__[name] = wrapper
 
     def _leave_loop(self) -> None:
-        if self._fetching is not None:
-            for name in ("_on_before_fetch", "_on_after_fetch"):
-                self._fetching.__dict__.pop(name, None)
-            self._fetching = None
-        self._timing = False
+        for owner, name in self._wrapped:
+            owner.__dict__.pop(name, None)
+        self._wrapped, self._timing = [], False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here to the first batch the loader starts anew, which is waiting for data."""
@@ -213,10 +220,6 @@ class Throughput(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What others do at the end of an epoch is not training."""
         self._stop_counting()  # of a batch that was skipped
-        self._pause(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation is not training."""
         self._pause(trainer)
 
     def _pause(self, trainer: Trainer) -> None:
@@ -244,7 +247,7 @@ class Throughput(Callback):
         if self.tokens is not None:
             self._tokens = self._tokens + self._tokens_in(batch)
         flops = self._stop_counting()
-        if flops:
+        if flops and samples:
             self._flops_per_sample = flops / samples
         if is_stepping(trainer, pl_module):
             self._after_step(trainer)

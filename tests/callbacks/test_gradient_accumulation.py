@@ -384,6 +384,21 @@ def test_adaptive_windows_are_those_that_the_norms_of_earlier_steps_ask_for(tmp_
     assert float(trainer.callback_metrics["accumulation/gradient_norm"]) == pytest.approx(watch.norms[-2], rel=1e-5)
 
 
+@pytest.mark.parametrize("by", ["gradient_norm", "noise_scale"])
+def test_a_step_that_the_scaler_skips_decides_nothing(tmp_path, by):
+    class Overflows(ToyModule):
+        def loss(self, batch):
+            return super().loss(batch) * (float("inf") if self.trainer.global_step == 1 else 1.0)
+
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    accumulation = GradientAccumulation(mode="adaptive", by=by, min_steps=2, max_steps=2)
+    _, trainer = fit(tmp_path, [accumulation], Overflows(), plugins=[plugin], max_epochs=1, log_every_n_steps=1)
+    assert trainer.global_step == 5
+    state = accumulation.state_dict()["adaptive"]
+    assert state["count"] == 3  # of four steps before the last
+    assert all(abs(average) < float("inf") for average in state["averages"])
+
+
 class Noisy(ToyModule):
     """A gradient of known mean and noise: g = mean(x) over the rows, whatever the weights are."""
 

@@ -1,6 +1,7 @@
 import importlib
 import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import lightning.pytorch
 import pytest
@@ -60,6 +61,18 @@ class SlowData(Dataset):
     def __getitem__(self, index):
         self.clock.passes(0.0625)
         return torch.full((4,), float(index)), torch.tensor(0.0)
+
+
+class SlowToStart(DataLoader):
+    """Takes 500 seconds to start its workers."""
+
+    def __init__(self, clock):
+        super().__init__(toy_loader().dataset, batch_size=8)
+        self.clock = clock
+
+    def __iter__(self):
+        self.clock.passes(500)
+        return super().__iter__()
 
 
 class Kept(Callback):
@@ -169,8 +182,8 @@ def test_validation_checkpoints_and_epoch_ends_are_not_training_time(tmp_path):
     saver = CrashSafeCheckpoint(monitor=None)
     module.on_save_checkpoint = lambda checkpoint: clock.passes(300)
     trainer = toy_trainer(tmp_path, [callback, kept, saver], max_epochs=3, val_check_interval=2)
-    trainer.fit(module, DataLoader(SlowData(clock), batch_size=8), toy_loader())
-    assert clock.now > 1000 + 12 * 2.5 + 6 * 4 * 50 + 6 * 1000 + 3 * 300 - 1  # it did pass
+    trainer.fit(module, DataLoader(SlowData(clock), batch_size=8), SlowToStart(clock))
+    assert clock.now - 1000 >= 12 * 2.5 + 6 * (500 + 4 * 50) + 6 * 1000 + 3 * 300  # it did pass
     assert list(kept.seen) == [2, 4, 6, 8, 10, 12]
     # Windows of two steps: 2 + 0.5 seconds each; the first has one, the untimed step before it none.
     rates = {"steps_per_second": 1 / 2.5, "samples_per_second": 8 / 2.5, "data_wait_fraction": 0.2}
@@ -389,6 +402,16 @@ def test_what_was_seen_goes_through_a_resume_in_mid_epoch(tmp_path):
     assert fit(resumed) == [64, 256]  # another run with the same callback begins anew
 
 
+def test_starting_the_loader_anew_is_waiting_for_data(tmp_path):
+    clock = Clock()
+    kept = Kept(clock)
+    trainer = toy_trainer(tmp_path, [timed(clock, every_n_steps=4), kept], max_epochs=2)
+    trainer.fit(Slow(clock), SlowToStart(clock))
+    assert kept.seen[4]["data_wait_seconds"] == 0  # the first start is before the first step, which is not timed
+    assert kept.seen[8]["data_wait_seconds"] == 500
+    assert kept.seen[8]["steps_per_second"] == pytest.approx(4 / 508)
+
+
 @pytest.mark.parametrize("kind", [lightning.pytorch.Trainer, trainerkit.trainer.Trainer])
 def test_data_are_waited_for_alike_in_lightnings_loop_and_in_ours(tmp_path, kind):
     clock = Clock()
@@ -414,9 +437,10 @@ def test_an_exception_leaves_loop_and_torch_as_they_were(tmp_path):
     with pytest.raises(RuntimeError, match="in the first step"):
         trainer.fit(Fails(), toy_loader())
     assert torch._C._len_torch_dispatch_stack() == 0
-    assert not {"_on_before_fetch", "_on_after_fetch"} & set(trainer.fit_loop.epoch_loop.__dict__)
-    _, trainer = plain(tmp_path, [Throughput(every_n_steps=2)])
-    assert not {"_on_before_fetch", "_on_after_fetch"} & set(trainer.fit_loop.epoch_loop.__dict__)
+    _, other = plain(tmp_path, [Throughput(every_n_steps=2)])
+    for loop in (trainer.fit_loop.epoch_loop, other.fit_loop.epoch_loop):
+        assert not {"_on_before_fetch", "_on_after_fetch"} & set(loop.__dict__)
+        assert "run" not in loop.val_loop.__dict__
 
 
 def test_a_module_that_skips_its_first_epoch_does_not_leave_the_counter_on(tmp_path):
@@ -482,6 +506,13 @@ def test_two_ranks_log_the_sums_of_both(tmp_path):
     expected = {"steps_per_second": 1 / 2.25, "samples_per_second": 8 / 2.25, "tokens_per_second": 24 / 2.25}
     expected |= {"samples": 32, "tokens": 96, "data_wait_seconds": 0.5, "flops_per_second": 8 * 16 / 2.25}
     assert {name: ranks[0][f"throughput/{name}"] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensor_parallelism_is_refused():
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    trainer = SimpleNamespace(strategy=SimpleNamespace(_device_mesh=mesh))
+    with pytest.raises(ValueError, match="tensor_parallel_size: Throughput would count the samples"):
+        Throughput().setup(trainer, ToyModule(), "fit")
 
 
 @pytest.mark.parametrize(

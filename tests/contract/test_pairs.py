@@ -18,7 +18,7 @@ REFUSED: dict[tuple[str, str], str] = {}
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_two_callbacks_get_along(one, other, tmp_path):
-    makers = [maker(name, {"every_n_steps": 1} if name in MEASURING else BENCH.get(name)) for name in (one, other)]
+    makers = [maker(name, (BENCH | MEASURING).get(name)) for name in (one, other)]
     if (one, other) in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[one, other]):
             check_together(makers, tmp_path)
