@@ -158,7 +158,7 @@ class WindowMean:
 
     Attributes:
         seen: batches that are in the gradient.
-        at: batches of the epoch up to the last one in it.
+        at: batches of the epoch up to the last one in it; −1 while a backward pass is on its way.
         size: Σ nᵢ in this process, 0-dimensional; None where it is not needed.
         first: |g|² of the window's first batch in this process, and its size, (2,).
         unit: nᵢ are counted in it, their mean in the window before: float16 gradients times tokens would overflow.
@@ -179,6 +179,7 @@ class WindowMean:
     def count(self, trainer: Trainer, loss: Tensor, batch: Any, again: bool) -> None:
         """A batch comes into the gradient, `again` in the place of itself; let its loss weigh nᵢ."""
         self.seen += not again
+        self.at = -1
         if not self.sized and not self._weighs(trainer):
             return
         size = amount(batch, self.weight)

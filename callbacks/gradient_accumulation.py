@@ -162,10 +162,12 @@ class GradientAccumulation(Callback):
         if "unit" in restored:
             self._mean.unit = restored["unit"].to(device)
         self._adaptive.start(device)
-        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        self._begin(trainer, ready)
+        # As Lightning counts a moment later: a batch that a checkpoint saw begun and not ended is run again.
+        loop = trainer.fit_loop.epoch_loop
+        done = loop.batch_progress.current.completed + int(loop.restarted_on_train_batch_end)
+        self._begin(trainer, done)
         window = restored.get("window")
-        if window is not None and window["at"] == ready:
+        if window is not None and window["at"] == done:
             self._set_window(trainer, window["start"], window["length"])
             self._mean.restore(window, pl_module)
         if self.mode == "dynamic":
@@ -292,12 +294,13 @@ class GradientAccumulation(Callback):
             state["window"] = where | self._mean.state(trainer, pl_module)
 
     def _is_inside(self, trainer: Trainer) -> bool:
-        """Whether the gradient is that of a begun window up to the batch that counters are at, and whole."""
-        loop = trainer.fit_loop.epoch_loop
-        ready = loop.batch_progress.current.ready
-        ended = ready % self._window == 0 or loop._num_ready_batches_reached()
+        """Whether the gradient is that of a begun window, whole and up to a known batch."""
+        loop, at = trainer.fit_loop.epoch_loop, self._mean.at
+        ended = at == loop.batch_progress.current.ready and (
+            at % self._window == 0 or loop._num_ready_batches_reached()
+        )
         sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"
-        return self._mean.seen > 0 and self._mean.at == ready and not ended and not sharded
+        return self._mean.seen > 0 and at > 0 and not ended and not sharded
 
 
 def _as_schedule(steps: int | Mapping[int, int]) -> dict[int, int]:

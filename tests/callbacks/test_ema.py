@@ -402,7 +402,9 @@ def test_a_resumed_run_takes_a_new_decay_and_keeps_the_average(tmp_path):
     before = ema.average()["layer.weight"]
     path = tmp_path / "checkpoints" / "last.ckpt"
     other = EMA(decay=[0.95, 0.9], every_n_steps=1000)  # no update after the resume
-    toy_trainer(tmp_path, [other, CrashSafeCheckpoint()], max_epochs=3).fit(ToyModule(), toy_loader(), toy_loader(), ckpt_path=path)
+    toy_trainer(tmp_path, [other, CrashSafeCheckpoint()], max_epochs=3).fit(
+        ToyModule(), toy_loader(), toy_loader(), ckpt_path=path
+    )
     assert other.updates == 8
     assert torch.equal(other.average(0.95)["layer.weight"], before)
     assert torch.equal(other.average(0.9)["layer.weight"], before)

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -11,8 +11,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from tests.support import ToyModule, toy_loader, toy_trainer
 from trainerkit.callbacks import GradientAccumulation
 from trainerkit.callbacks._accumulation import Window, amount, planned_steps, rows_of, steps_at
-from trainerkit.callbacks._adaptive_window import gradient_noise, noise_scale, window_by_noise, window_by_norm
-from trainerkit.testing.bench import Bench, module_class, witness_class
+from trainerkit.callbacks._adaptive_window import (
+    AdaptiveWindow,
+    gradient_noise,
+    noise_scale,
+    window_by_noise,
+    window_by_norm,
+)
+from trainerkit.testing.bench import Bench, Failure, module_class, witness_class
 from trainerkit.testing.processes import in_two_ranks, sharded_in_two_ranks
 from trainerkit.testing.syncs import SyncCounter
 from trainerkit.trainer import Trainer as FastTrainer
@@ -361,7 +367,8 @@ class Norms(Callback):
         self._batches += 1
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.norms.append(float(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).double().norm()))
+        gradients = [p.grad.flatten().double() for p in pl_module.parameters() if p.grad is not None]
+        self.norms.append(float(torch.cat(gradients).norm()))
         self.windows.append(self._batches)
         self._batches = 0
 
@@ -457,6 +464,22 @@ def test_a_run_resumed_after_any_batch_ends_with_the_same_bits(tmp_path, variant
         assert not equal(Bench([lambda: GradientAccumulation(steps=2)], tmp_path).fit().weights, whole.weights)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_late_and_unused_layers_change_nothing(tmp_path, variant):
+    """The bench's module has tied weights and a frozen layer as well."""
+    bench = Bench([VARIANTS[variant]], tmp_path)
+    plain = bench.fit().weights
+    for option in ("compiled", "late", "unused"):
+        weights = bench.fit(module={option: True}).weights
+        for name, tensor in weights.items():
+            if name != "unused":
+                torch.testing.assert_close(tensor, plain[name.replace("_orig_mod.", "")], rtol=1e-5, atol=1e-6)
+    bench.fit(module={"compiled": True}, saves=(2,))
+    resumed = bench.fit(resume=tmp_path / "2.ckpt", module={"compiled": True}).weights
+    assert equal(resumed, bench.fit(module={"compiled": True}).weights)
+
+
 @pytest.mark.parametrize("variant", ["fixed", "rows", "norm", "dynamic"])
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_give_what_one_gives(tmp_path, variant):
@@ -519,12 +542,68 @@ def test_nothing_waits_for_the_device(tmp_path, variant):
     assert counts[0] == counts[1]
 
 
+class Stops(Callback):
+    """Raises within the second batch of the second epoch."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self._maybe(trainer, "before")
+
+    def on_after_backward(self, trainer, pl_module):
+        self._maybe(trainer, "after")
+
+    def __init__(self, when):
+        self.when = when
+
+    def _maybe(self, trainer, when):
+        if self.when == when and trainer.current_epoch == 1 and trainer.fit_loop.epoch_loop.batch_idx == 1:
+            raise Failure
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_batch_that_broke_off_and_is_run_again_counts_once(tmp_path, when):
+    """Before its backward pass the gradient is known to be without it; after it the window begins anew."""
+    saver, ours = OnExceptionCheckpoint(tmp_path, "broken"), GradientAccumulation(steps=3)
+    callbacks = [Stops(when), ours, saver] if when == "before" else [ours, Stops(when), saver]
+    with pytest.raises(Failure):
+        fit(tmp_path, callbacks, loader=toy_loader())
+    window = torch.load(tmp_path / "broken.ckpt", weights_only=True)["callbacks"]["GradientAccumulation"]["window"]
+    assert (window["at"], window["seen"]) == ((1, 1) if when == "before" else (2, 2))
+    watch = Norms()
+    trainer = toy_trainer(tmp_path, [GradientAccumulation(steps=3), watch], max_epochs=2, log_every_n_steps=1)
+    trainer.fit(ToyModule(), toy_loader(), ckpt_path=tmp_path / "broken.ckpt")
+    assert watch.windows == ([2, 1] if when == "before" else [3])  # one of three was before; or three of four are left
+    assert trainer.global_step == 2 + len(watch.windows)
+    assert trainer.callback_metrics["accumulation/steps"] == (1 if when == "before" else 3)
+
+
 def test_a_new_number_of_steps_wins_over_the_checkpoints(tmp_path):
     bench = Bench([VARIANTS["fixed"]], tmp_path)
     bench.fit(saves=(3, 4))
     other = Bench([lambda: GradientAccumulation(steps=2)], tmp_path)
     assert other.fit(resume=tmp_path / "4.ckpt").trainer.global_step == 2 + 2
     assert other.fit(resume=tmp_path / "3.ckpt").trainer.global_step == 1 + 1 + 2
+
+
+def test_a_new_longest_window_wins_over_the_checkpoints_length():
+    window = AdaptiveWindow(1, 3, "gradient_norm", 0.5)
+    state = {"by_noise": False, "length": 9, "count": 4, "averages": [1.0], "measured": None}
+    window.load_state_dict(state)
+    assert window.length == 3
+    assert window.state_dict() == state | {"length": 3}
+    other = AdaptiveWindow(2, 3, "noise_scale", 0.5)
+    other.load_state_dict(state)  # of another rule
+    assert other.state_dict()["count"] == 0
+
+
+def test_an_optimizer_that_evaluates_a_batch_several_times_sees_its_gradient(tmp_path):
+    class Newton(ToyModule):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=4)
+
+    plain, _ = fit(tmp_path, [], Newton(), max_epochs=1)
+    ours, _ = fit(tmp_path, [GradientAccumulation(mode="dynamic")], Newton(), max_epochs=1)
+    torch.testing.assert_close(ours.layer.weight, plain.layer.weight)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks.spike import SpikeDetection
 from tests.support import ROOT
 from trainerkit.testing import examine_callback
 
+pytestmark = pytest.mark.xdist_group("comparison")
+
 
 class Frozen(lightning.BaseFinetuning):
     """As its documentation has it, the norm layers frozen too."""
