@@ -123,7 +123,7 @@ class MicroBatches:
         while True:
             number = min(self.number, rows)
             try:
-                output = self._attempt(step, split(batch, number), rows)
+                output = self._attempt(step, split(batch, number))
                 break
             except (RuntimeError, MemoryError) as error:
                 if number == rows or not is_out_of_memory(error):
@@ -144,7 +144,7 @@ class MicroBatches:
         for name, value in kept.items():
             buffers[name].copy_(value)
 
-    def _attempt(self, step: Callable[[Any], Any], parts: list[Any], rows: int) -> Any:
+    def _attempt(self, step: Callable[[Any], Any], parts: list[Any]) -> Any:
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         gradients: list[Tensor | None] = [None] * len(parameters)
         scale = loss_scale(self._trainer, self._module.device)  # float16 gradients without it would vanish
@@ -261,8 +261,8 @@ def _shares(amounts: Sequence[Tensor | float]) -> list[Tensor | float]:
     if len(amounts) == 1:
         return [1.0]
     whole = sum(amounts)
-    if isinstance(whole, Tensor):
-        whole = torch.where(whole > 0, whole, 1.0)  # nothing counts: all shares are 0
+    # Where nothing counts, all shares are 0.
+    whole = torch.where(whole > 0, whole, 1.0) if isinstance(whole, Tensor) else whole or 1.0
     return [part / whole for part in amounts]
 
 

@@ -300,7 +300,9 @@ class GradientAccumulation(Callback):
             at % self._window == 0 or loop._num_ready_batches_reached()
         )
         sharded = type(trainer.strategy).__name__ == "ModelParallelStrategy"
-        return self._mean.seen > 0 and at > 0 and not ended and not sharded
+        # After an exception other processes may be elsewhere, and no sum over them would come to an end.
+        alone = trainer.world_size > 1 and self._original is None
+        return self._mean.seen > 0 and at > 0 and not (ended or sharded or alone)
 
 
 def _as_schedule(steps: int | Mapping[int, int]) -> dict[int, int]:

@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 
 from tests.support import ROOT, SMALL_MAE, smooth_spectra, trainerkit
 
-pytestmark = pytest.mark.xdist_group("cli")
-
 
 def small(*arguments, folder, **options):
     return trainerkit(*SMALL_MAE, "data.path=spectra.npy", *arguments, cwd=folder, **options)

@@ -11,8 +11,6 @@ from tests.support import ROOT, trainerkit
 from trainerkit.errors import UserError
 from trainerkit.plugins import AllowList
 
-pytestmark = pytest.mark.xdist_group("plugins")
-
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):

@@ -376,7 +376,7 @@ class Norms(Callback):
 def test_adaptive_windows_are_those_that_the_norms_of_earlier_steps_ask_for(tmp_path):
     watch, big = Norms(), BigBatch()
     accumulation = GradientAccumulation(mode="adaptive", max_steps=5, decay=0.8)
-    _, trainer = fit(tmp_path, [watch, accumulation, big], max_epochs=4, log_every_n_steps=1, limit_val_batches=0)
+    _, trainer = fit(tmp_path, [watch, accumulation, big], max_epochs=3, log_every_n_steps=1, limit_val_batches=0)
     average, expected = 0.0, [1, 1]  # the window after a step comes from the norms up to the step before
     for count, norm in enumerate(watch.norms[:-2], start=1):
         average = 0.8 * average + 0.2 * norm
@@ -447,13 +447,16 @@ def equal(one, other):
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "saves"),
+    [("fixed", range(1, 8)), ("noise", range(1, 8)), ("weights", (2, 3)), ("norm", (2, 5)), ("dynamic", (2, 5))],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_resumed_after_any_batch_ends_with_the_same_bits(tmp_path, variant):
+def test_a_run_resumed_after_any_batch_ends_with_the_same_bits(tmp_path, variant, saves):
     """Inside a window too: the checkpoint has the gradient so far. And under the other namespace."""
     bench = Bench([VARIANTS[variant]], tmp_path)
-    whole = bench.fit(saves=range(1, 8))
-    for batch in range(1, 8):
+    whole = bench.fit(saves=saves)
+    for batch in saves:
         torch.load(tmp_path / f"{batch}.ckpt", weights_only=True)
         resumed = bench.fit(resume=tmp_path / f"{batch}.ckpt")
         assert equal(resumed.weights, whole.weights), batch
@@ -464,20 +467,22 @@ def test_a_run_resumed_after_any_batch_ends_with_the_same_bits(tmp_path, variant
         assert not equal(Bench([lambda: GradientAccumulation(steps=2)], tmp_path).fit().weights, whole.weights)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["rows", "dynamic"])
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_late_and_unused_layers_change_nothing(tmp_path, variant):
     """The bench's module has tied weights and a frozen layer as well."""
     bench = Bench([VARIANTS[variant]], tmp_path)
     plain = bench.fit().weights
-    for option in ("compiled", "late", "unused"):
+    compiled = {"compiled": True}
+    whole = bench.fit(module=compiled, saves=(2,)).weights
+    assert equal(bench.fit(resume=tmp_path / "2.ckpt", module=compiled).weights, whole)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, plain[name.replace("_orig_mod.", "")], rtol=1e-5, atol=1e-6)
+    for option in ("late", "unused"):
         weights = bench.fit(module={option: True}).weights
         for name, tensor in weights.items():
             if name != "unused":
-                torch.testing.assert_close(tensor, plain[name.replace("_orig_mod.", "")], rtol=1e-5, atol=1e-6)
-    bench.fit(module={"compiled": True}, saves=(2,))
-    resumed = bench.fit(resume=tmp_path / "2.ckpt", module={"compiled": True}).weights
-    assert equal(resumed, bench.fit(module={"compiled": True}).weights)
+                assert torch.equal(tensor, plain[name])
 
 
 @pytest.mark.parametrize("variant", ["fixed", "rows", "norm", "dynamic"])
