@@ -564,22 +564,31 @@ class Stops(Callback):
             raise Failure
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("order", "window", "windows"),
+    [
+        # Of three batches one was before; two more, and the tail of one.
+        (lambda ours, stops: [stops("before"), ours], {"at": 1, "seen": 1}, [2, 1]),
+        # The gradient may have a part of the batch, or all of it: a window of the three that are left.
+        (lambda ours, stops: [ours, stops("before")], None, [3]),
+        (lambda ours, stops: [ours, stops("after")], {"at": 2, "seen": 2}, [3]),
+    ],
+    ids=["before its backward pass", "within it", "after it"],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_a_batch_that_broke_off_and_is_run_again_counts_once(tmp_path, when):
-    """Before its backward pass the gradient is known to be without it; after it the window begins anew."""
-    saver, ours = OnExceptionCheckpoint(tmp_path, "broken"), GradientAccumulation(steps=3)
-    callbacks = [Stops(when), ours, saver] if when == "before" else [ours, Stops(when), saver]
+def test_a_batch_that_broke_off_and_is_run_again_counts_once(tmp_path, order, window, windows):
+    callbacks = [*order(GradientAccumulation(steps=3), Stops), OnExceptionCheckpoint(tmp_path, "broken")]
     with pytest.raises(Failure):
         fit(tmp_path, callbacks, loader=toy_loader())
-    window = torch.load(tmp_path / "broken.ckpt", weights_only=True)["callbacks"]["GradientAccumulation"]["window"]
-    assert (window["at"], window["seen"]) == ((1, 1) if when == "before" else (2, 2))
+    state = torch.load(tmp_path / "broken.ckpt", weights_only=True)["callbacks"]["GradientAccumulation"]
+    found = state.get("window")
+    assert (found and {key: found[key] for key in ("at", "seen")}) == window
     watch = Norms()
     trainer = toy_trainer(tmp_path, [GradientAccumulation(steps=3), watch], max_epochs=2, log_every_n_steps=1)
     trainer.fit(ToyModule(), toy_loader(), ckpt_path=tmp_path / "broken.ckpt")
-    assert watch.windows == ([2, 1] if when == "before" else [3])  # one of three was before; or three of four are left
-    assert trainer.global_step == 2 + len(watch.windows)
-    assert trainer.callback_metrics["accumulation/steps"] == (1 if when == "before" else 3)
+    assert watch.windows == windows
+    assert trainer.global_step == 2 + len(windows)
+    assert trainer.callback_metrics["accumulation/steps"] == windows[-1]
 
 
 def test_a_new_number_of_steps_wins_over_the_checkpoints(tmp_path):
