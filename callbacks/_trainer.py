@@ -1,9 +1,11 @@
 """What several callbacks ask of a Trainer of either namespace (`lightning.pytorch`, `pytorch_lightning`)."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
@@ -43,6 +45,15 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     trainer.callback_metrics.update(zip(metrics, values, strict=True))
 
 
+def warn_of_monitor(trainer: Trainer, callback: Callback, monitor: str, therefore: str) -> None:
+    """Say that a metric was never logged, what follows, and the nearest that were."""
+    near = difflib.get_close_matches(monitor, trainer.callback_metrics, n=8, cutoff=0)
+    rank_zero_warn(
+        f"{type(callback).__name__}: monitor={monitor} was never logged, so {therefore}; "
+        f"the nearest that were logged are: {', '.join(near) or 'none at all'}"
+    )
+
+
 def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
     """Refuse strategies whose parameters are pieces of tensors.
 
@@ -80,6 +91,11 @@ class StepHooks:
                     after_step(index, optimizer)
 
             self._handles.append(optimizer.register_step_post_hook(hook))
+
+    @property
+    def attached(self) -> bool:
+        """Whether the optimizers are followed now."""
+        return bool(self._handles)
 
     def detach(self) -> None:
         """Remove the hooks; in `teardown` and `on_exception`."""

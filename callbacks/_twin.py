@@ -5,6 +5,7 @@ stay behind. Layers that `torch.compile` has wrapped run as they were written, s
 """
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,18 +20,29 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
+def left_by_a_step(pl_module: LightningModule) -> dict[int, Any]:
+    """For `copy.deepcopy`: what a step left on the module may belong to a graph, which cannot be copied."""
+    memo: dict[int, Any] = {}
+    for module in pl_module.modules():
+        for value in tree_leaves(dict(vars(module))):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    return memo
+
+
+def takes(step: Any, argument: str) -> bool:
+    """Whether a step of a module takes the argument, which Lightning leaves out otherwise."""
+    parameters = inspect.signature(step).parameters.values()
+    return any(p.name == argument or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
 def make_twin(trainer: Trainer, pl_module: LightningModule) -> Any:
     """Copy the module as it is now.
 
     Returns:
         A module of a class derived from the module's own; `twin.losses` collects the loss of each `manual_backward`.
     """
-    memo: dict[int, Any] = {}
-    for module in pl_module.modules():
-        # What a step left on the module may belong to a graph, which cannot be copied.
-        for value in tree_leaves(dict(vars(module))):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
+    memo = left_by_a_step(pl_module)
     kept = []
     for module in pl_module.modules():
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainerkit.callbacks._parameters import plain_name
-from trainerkit.callbacks._trainer import refuse_sharded, validates
+from trainerkit.callbacks._trainer import refuse_sharded, validates, warn_of_monitor
 from trainerkit.files import replacing, write_json
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -60,6 +58,9 @@ class BestWeights(Callback):
         self._limit = size_in_bytes(max_shard_size, "max_shard_size")
         self.best = math.inf if mode == "min" else -math.inf
         self._scored: dict[str, Tensor] = {}
+        self._epoch = 0  # from 1, in which they were scored
+        self._last: Any = None  # the metric that was looked at last, to tell a new one from an old one
+        self._waits = False  # whether the weights of an epoch's end wait for their metric
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
@@ -75,6 +76,7 @@ class BestWeights(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new run has no best yet; nor has one whose best's file is not there, as in a resumed run's new folder."""
+        self._last, self._waits = None, False
         path = Path(trainer.default_root_dir) / self.filename
         if trainer.global_step == 0 or not (path.exists() or _index_of(path).exists()):
             self.best = math.inf if self.mode == "min" else -math.inf
@@ -93,9 +95,33 @@ class BestWeights(Callback):
         self._scored = {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Without validation: export the weights of the epoch's end."""
-        if not validates(trainer):
-            self._hold(pl_module)
+        """Without validation: export the weights of the epoch's end.
+
+        A metric that the module logs in its own `on_train_epoch_end` is not there yet; then the weights wait for it.
+        """
+        if validates(trainer):
+            return
+        self._hold(pl_module)
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None or value is self._last:
+            self._waits = True
+        else:
+            self._export_if_best(trainer, pl_module)
+            self._scored = {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The metric of the epoch before is there by now."""
+        self._catch_up(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The metric of the last epoch is there by now; say so if there never was one."""
+        self._catch_up(trainer, pl_module)
+        if self._last is None and trainer.global_step > 0:
+            warn_of_monitor(trainer, self, self.monitor, f"there is no {self.filename}")
+
+    def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._waits:
+            self._waits = False
             self._export_if_best(trainer, pl_module)
             self._scored = {}
 
@@ -104,6 +130,7 @@ class BestWeights(Callback):
         self._scored = {}
 
     def _hold(self, pl_module: LightningModule, copy: bool = False) -> None:
+        self._epoch = pl_module.current_epoch + 1
         state = pl_module.state_dict()  # which may have extra state that is no tensor
         held = {plain_name(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
         if copy:
@@ -112,15 +139,17 @@ class BestWeights(Callback):
         self._scored = held
 
     def _export_if_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.monitor not in trainer.callback_metrics:
+        metric = trainer.callback_metrics.get(self.monitor)
+        if metric is None or metric is self._last:
             return
-        value = float(trainer.callback_metrics[self.monitor])
+        self._last = metric
+        value = float(metric)
         better = value < self.best if self.mode == "min" else value > self.best
         if not better:
             return
         self.best = value
         if trainer.is_global_zero:
-            facts = {"monitor": self.monitor, "value": value, "epoch": trainer.current_epoch + 1}
+            facts = {"monitor": self.monitor, "value": value, "epoch": self._epoch}
             facts |= {"step": trainer.global_step, "config": json.dumps(as_json(pl_module.hparams))}
             path = Path(trainer.default_root_dir) / self.filename
             save_weights(self._scored, path, {key: str(fact) for key, fact in facts.items()}, self._limit)
@@ -138,6 +167,8 @@ def save_weights(state: Mapping[str, Tensor], path: Path, facts: Mapping[str, st
         facts: for the header of each file, and for the index.
         max_shard_size: a single tensor larger than this has a shard of its own.
     """
+    from safetensors.torch import save_file  # late: the other callbacks need only torch and lightning
+
     first_names: dict[Any, str] = {}
     for name, tensor in state.items():
         first_names.setdefault(_place(tensor), name)
@@ -176,6 +207,9 @@ def load_best_weights(path: str | Path, module: nn.Module | None = None) -> dict
         FileNotFoundError: if there is neither.
         RuntimeError: if the weights do not fit the module.
     """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
     path = Path(path)
     files = [path]
     if path.name.endswith(".index.json") or not path.exists():

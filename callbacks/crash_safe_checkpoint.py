@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from trainerkit.callbacks._trainer import validates
+from trainerkit.callbacks._trainer import validates, warn_of_monitor
 from trainerkit.files import replacing
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -71,6 +71,7 @@ class CrashSafeCheckpoint(Checkpoint):
         # Under the names by which Lightning and its loggers ask a checkpoint callback.
         self.best_model_path = ""
         self.last_model_path = ""
+        self._missing = False  # whether the monitor has not been logged so far
         self._signum: int | None = None
         self._handlers: dict[int, Any] = {}
         self._launcher: Any = None
@@ -97,6 +98,8 @@ class CrashSafeCheckpoint(Checkpoint):
 
         Where `best.ckpt` is not, as in the new folder of a resumed run, the best value does not count.
         """
+        if trainer.global_step == 0:  # a new run: what lies there is another's
+            self.best_model_path = self.last_model_path = ""
         if not self.best_model_path:
             self.best_model_score = math.inf if self.mode == "min" else -math.inf
         if self.stop_on_signal and not self._handlers and threading.current_thread() is threading.main_thread():
@@ -139,10 +142,17 @@ class CrashSafeCheckpoint(Checkpoint):
         if epochs % self.every_n_epochs == 0 or over:
             self._save(trainer, "last.ckpt")
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if the run validates, and there never was a best."""
+        if self._missing and validates(trainer):
+            warn_of_monitor(trainer, self, str(self.monitor), "there is no best.ckpt")
+
     def _save_if_best(self, trainer: Trainer) -> None:
         value = trainer.callback_metrics.get(self.monitor or "")
         if value is None:
+            self._missing = self.monitor is not None
             return
+        self._missing = False
         score = float(value)
         better = score < self.best_model_score if self.mode == "min" else score > self.best_model_score
         # Every rank writes if one does: a metric that was logged without a reduction differs between them.

@@ -22,8 +22,8 @@ class EarlyStopping(Callback):
     Args:
         monitor: a logged metric.
         patience: epochs (validations) without improvement after which to stop, 1 or more; None never stops.
-        start_ratio: fraction of the run before which nothing counts, 0 to 1; of `max_epochs`, or of `max_steps` where
-            the run has no number of epochs.
+        start_ratio: fraction of the run before which nothing counts, 0 to 1; of `max_epochs` or `max_steps`, whichever
+            is reached first.
         min_delta: an improvement must be larger than this.
         mode: 'min' if smaller is better, else 'max'.
 
@@ -101,11 +101,11 @@ class EarlyStopping(Callback):
         return gain > self.min_delta
 
     def _counts(self, trainer: Trainer) -> bool:
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            return trainer.current_epoch + 1 >= max(1, int(trainer.max_epochs * self.start_ratio))
-        if trainer.max_steps > 0:
-            return trainer.global_step >= max(1, int(trainer.max_steps * self.start_ratio))
-        return True  # a run without an end has no fraction of it
+        """Whether the part of the run is over, by whichever of its ends comes first; one without an end has no part."""
+        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+        by_epochs = epochs > 0 and trainer.current_epoch + 1 >= max(1, int(epochs * self.start_ratio))
+        by_steps = steps > 0 and trainer.global_step >= max(1, int(steps * self.start_ratio))
+        return by_epochs or by_steps or (epochs <= 0 and steps <= 0)
 
     def _stop_if_spent(self, trainer: Trainer, epochs: int) -> None:
         early = epochs < (trainer.min_epochs or 0) or trainer.global_step < (trainer.min_steps or 0)

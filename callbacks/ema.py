@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -132,6 +133,7 @@ class EMA(Callback):
         self._stash: list[tuple[Tensor, Tensor]] | None = None  # the live data while the average is in its place
         self._restored: dict[str, Any] | None = None
         self._hooks = StepHooks()
+        self._loading: Any = None  # the handle of the hook that sees weights being loaded into the module
         self._others: list[SecondValidation] = []
 
     @property
@@ -157,17 +159,32 @@ class EMA(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters; after a resume put average and live weights where they belong."""
         chosen = select(pl_module, self.parameters)
+        goes_on = trainer.global_step > 0 and pl_module is self._module and self._restored is None
         self._module = pl_module
         self._live = {name: p for name, p in chosen.items() if p.is_floating_point()}
-        self._shadows = [{} for _ in self.decays]
-        self._steps = [0] * len(trainer.optimizers)
-        self._updates = [0] * len(trainer.optimizers)
+        if not goes_on:  # as where fit is called again with the same trainer and a larger max_epochs
+            self._shadows = [{} for _ in self.decays]
+            self._steps = [0] * len(trainer.optimizers)
+            self._updates = [0] * len(trainer.optimizers)
         self._assign(trainer)
         restored, self._restored = self._restored, None
         if restored is not None:
             self._restore(restored)
-        if not isinstance(pl_module.on_save_checkpoint, _SavesAverage):
-            object.__setattr__(pl_module, "on_save_checkpoint", _SavesAverage(pl_module.on_save_checkpoint, self))
+        self._follow_files(pl_module)
+
+    def _follow_files(self, pl_module: LightningModule) -> None:
+        """Put the average into what is saved, and give way to weights that are loaded later."""
+        hook: Any = pl_module.on_save_checkpoint
+        original = hook.original if isinstance(hook, _SavesAverage) else hook  # of an earlier fit
+        object.__setattr__(pl_module, "on_save_checkpoint", _SavesAverage(original, self))
+        if self._loading is not None:
+            self._loading.remove()
+        self._loading = pl_module.register_load_state_dict_post_hook(_GivesWay(self))  # type: ignore[no-untyped-call]
+
+    def give_way(self, module: nn.Module) -> None:
+        """Weights were loaded into the module: unless it is in training, they take the place of the average."""
+        if module is self._module and not self._hooks.attached:
+            self._module = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to follow the optimizers."""
@@ -416,7 +433,9 @@ class _SavesAverage:
         self.ema = ema
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        self.ema.put_into(checkpoint)
+        module = self.original.__self__
+        if module._trainer is not None and self.ema in module.trainer.callbacks:  # not a later fit without it
+            self.ema.put_into(checkpoint)
         self.original(checkpoint)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -424,6 +443,26 @@ class _SavesAverage:
 
     def __reduce__(self) -> Any:
         return self.original.__reduce__()
+
+
+class _GivesWay:
+    """Tells an average that weights were loaded into its module; a copy or pickle of the module tells nobody."""
+
+    def __init__(self, ema: EMA) -> None:
+        self.ema = ema
+
+    def __call__(self, module: nn.Module, incompatible: Any) -> None:
+        self.ema.give_way(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self  # it asks which module it is
+
+    def __reduce__(self) -> Any:
+        return partial, (_ignore,)
+
+
+def _ignore(*_: Any) -> None:
+    return None
 
 
 def _size(optimizer: Optimizer) -> int:

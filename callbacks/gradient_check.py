@@ -242,7 +242,12 @@ class GradientCheck(Callback):
         for rank, other in enumerate(of_every_rank(trainer, found)):
             where = f"on rank {rank}: " if trainer.world_size > 1 else ""
             if isinstance(other, str):
-                raise ValueError(f"{where}GradientCheck cannot run the training step in float64: {other}")
+                advice = ""
+                if "dtype" in other or "Float" in other:
+                    advice = (
+                        "; does the step go through float32 (.float(), a tensor that is neither parameter nor buffer)?"
+                    )
+                raise ValueError(f"{where}GradientCheck cannot run the training step in float64: {other}{advice}")
             wrong = [one for one in other if one.differs(self.rtol)]
             if wrong:
                 raise GradientMismatch(where + self._describe(wrong, len(other)))

@@ -134,6 +134,7 @@ class NonFiniteGuard(Callback):
         self._in_a_row = 0
         self._reports = 0
         self._bad = False  # whether this batch's step was found bad
+        self._stepped = False  # whether an optimizer was about to step since the last step
         self._losses: list[Tensor] = []
         self._window: list[_Seen] = []
         self._trainable: list[bool] = []
@@ -210,6 +211,7 @@ class NonFiniteGuard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at losses and gradients, and do not let a bad step happen."""
+        self._stepped = True
         if step_number(trainer) % self.check_every_n_steps or not self._is_bad(trainer, optimizer):
             return
         if self._buffers is not None:
@@ -224,7 +226,8 @@ class NonFiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After a step: go back, or note that it was good."""
-        if not is_stepping(trainer, pl_module):
+        by_hand = not pl_module.automatic_optimization  # and perhaps accumulated by hand
+        if not (self._stepped if by_hand else is_stepping(trainer, pl_module)):
             return
         if self._snapshot is not None:
             if self._bad:
@@ -244,8 +247,14 @@ class NonFiniteGuard(Callback):
         """Let go of batches and snapshots."""
         self.teardown(trainer, pl_module, "fit")
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A resumed run begins with a snapshot of the checkpoint; this one goes back no further either."""
+        if self._snapshot is not None and trainer.training:  # in a validation the weights may be an average's
+            self._snapshot = None
+            self._snapshot = Snapshot(trainer, pl_module)
+
     def _forget(self) -> None:
-        self._bad = False
+        self._bad = self._stepped = False
         self._losses, self._window, self._trainable = [], [], []
 
     # The check

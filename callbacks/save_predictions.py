@@ -6,7 +6,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainerkit.files import replacing
@@ -65,6 +64,8 @@ class SavePredictions(Callback):
 
     def _write(self, folder: Path, rows: dict[str, Tensor]) -> None:
         if self.format == "safetensors":
+            from safetensors.torch import save_file  # late: the other callbacks need only torch and lightning
+
             self.paths = [folder / "predictions.safetensors"]
             with replacing(self.paths[0]) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in rows.items()}, temporary)

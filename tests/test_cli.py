@@ -383,9 +383,10 @@ def test_two_processes_train_and_test_the_same_as_one(tmp_path):
 
 
 def test_importing_callbacks_needs_neither_hydra_nor_a_task(tmp_path):
-    code = "import sys, trainerkit.callbacks\nprint([m for m in sys.modules if m.startswith(('hydra', 'trainerkit.'))])"
+    code = "import sys, trainerkit.callbacks\nprint([m for m in sys.modules if m.startswith(('hydra', 'safetensors', 'trainerkit.'))])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "hydra" not in answer.stdout
+    assert "safetensors" not in answer.stdout
     assert "trainerkit.tasks" not in answer.stdout
     assert "trainerkit.data" not in answer.stdout
 

@@ -269,7 +269,8 @@ def test_names_are_those_without_compile_and_load_into_either(tmp_path):
             self.layer = torch.compile(self.layer, backend="eager")
 
     module = Compiled()
-    toy_trainer(tmp_path, [BestWeights()], max_epochs=1).fit(module, toy_loader())  # no validation, and no metric
+    with pytest.warns(UserWarning, match="monitor=val/loss was never logged, so there is no best_model.safetensors"):
+        toy_trainer(tmp_path, [BestWeights()], max_epochs=1).fit(module, toy_loader())  # no validation, and no metric
     assert not list(tmp_path.iterdir())
     save = BestWeights("train/loss")
     toy_trainer(tmp_path, [save], max_epochs=1).fit(module, toy_loader())
@@ -378,3 +379,25 @@ def test_the_pages_example_runs(tmp_path, monkeypatch):
 def test_a_wrong_mode_is_refused():
     with pytest.raises(ValueError, match="mode=low: must be min or max"):
         BestWeights(mode="low")
+
+
+def test_a_metric_that_the_module_logs_at_its_own_epochs_end_belongs_to_that_epoch(tmp_path):
+    """The module's hook runs after the callbacks': the weights wait for their metric."""
+
+    class Late(ToyModule):
+        def __init__(self):
+            super().__init__()
+            self.ends = []
+
+        def on_train_epoch_end(self):
+            self.ends.append(self.layer.weight.detach().clone())
+            self.log("late", [10.0, 5.0, 1.0, 7.0][self.current_epoch])
+
+    for epochs, best in ((4, 3), (3, 3), (2, 2)):
+        module = Late()
+        toy_trainer(tmp_path / str(epochs), [BestWeights("late")], max_epochs=epochs).fit(module, toy_loader())
+        path = tmp_path / str(epochs) / "best_model.safetensors"
+        assert torch.equal(load_file(path)["layer.weight"], module.ends[best - 1])
+        with safe_open(path, "pt") as opened:
+            assert opened.metadata()["epoch"] == str(best)
+            assert opened.metadata()["value"] == str([10.0, 5.0, 1.0, 7.0][best - 1])

@@ -120,3 +120,24 @@ def test_under_the_other_namespace_it_is_written_after_the_other_callbacks_too(t
     trainer.fit(Other(), DataLoader(torch.randn(8, 2), batch_size=4))
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert [record["epoch"] for record in saved["callbacks"]["History"]["records"]] == [1, 2, 3]
+
+
+def test_a_second_run_with_the_same_callback_has_a_best_of_its_own(tmp_path):
+    callback = CrashSafeCheckpoint()
+    toy_trainer(tmp_path, [callback]).fit(Scripted(), toy_loader(), toy_loader())
+    assert callback.best_model_score == 1.0
+
+    class Worse(Scripted):
+        losses = (9.0, 8.0, 7.0)
+
+    toy_trainer(tmp_path / "second", [callback]).fit(Worse(), toy_loader(), toy_loader())
+    assert callback.best_model_score == 7.0
+    assert callback.best_model_path == str(tmp_path / "second" / "checkpoints" / "best.ckpt")
+
+
+def test_a_monitor_that_is_never_logged_is_said(tmp_path):
+    message = "monitor=val_loss was never logged, so there is no best.ckpt; the nearest that were logged are: val/loss"
+    with pytest.warns(UserWarning, match=message):
+        toy_trainer(tmp_path, [CrashSafeCheckpoint("val_loss")], max_epochs=1).fit(
+            Scripted(), toy_loader(), toy_loader()
+        )

@@ -103,3 +103,15 @@ def test_a_metric_that_is_not_logged_is_an_error_that_lists_what_is(tmp_path):
 def test_wrong_arguments_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         EarlyStopping(**options)
+
+
+def test_with_epochs_and_steps_given_it_counts_from_whichever_part_is_over_first(tmp_path):
+    class Worse(ToyModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", float(self.current_epoch))
+
+    stopper = EarlyStopping(patience=2, start_ratio=0.2)
+    trainer = toy_trainer(tmp_path, [stopper], max_epochs=1000, max_steps=80)  # 20 epochs of 4 steps
+    trainer.fit(Worse(), toy_loader(), toy_loader())
+    assert trainer.global_step == 4 * 5  # steps from 16 on count: epochs 4 and 5
+    assert stopper.reason is not None

@@ -433,3 +433,88 @@ def test_sharded_parameters_are_refused_in_one_sentence(tmp_path):
 def test_wrong_arguments_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         EMA(**options)
+
+
+def saved_weight(trainer, path):
+    trainer.save_checkpoint(path, weights_only=True)
+    return torch.load(path, weights_only=True)["state_dict"]["layer.weight"]
+
+
+def test_a_later_fit_of_the_same_module_saves_its_own_average_or_none(tmp_path):
+    module, first, second = ToyModule(), EMA(decay=0.9), EMA(decay=0.9)
+    path = tmp_path / "weights.ckpt"
+    _, trainer = fit(tmp_path, first, module)
+    assert torch.equal(saved_weight(trainer, path), first.average()["layer.weight"])
+    _, trainer = fit(tmp_path, second, module)
+    assert torch.equal(saved_weight(trainer, path), second.average()["layer.weight"])
+    assert not torch.equal(first.average()["layer.weight"], second.average()["layer.weight"])
+    trainer = toy_trainer(tmp_path, [], max_epochs=1)
+    trainer.fit(module, toy_loader())
+    assert torch.equal(saved_weight(trainer, path), module.layer.weight)
+
+
+def test_weights_that_are_loaded_after_fit_are_what_is_tested(tmp_path):
+    """From a file with weights only, of which Lightning tells callbacks nothing, and by hand."""
+
+    class Early(Recorder):
+        def on_train_epoch_end(self):
+            if self.current_epoch == 0:
+                self.trainer.save_checkpoint(tmp_path / "early.ckpt", weights_only=True)
+
+    def test_loss(trainer, module, **options):
+        return trainer.test(module, toy_loader(), verbose=False, **options)[0]["test/loss"]
+
+    expected = None
+    for by_hand in (False, True):
+        module, trainer = fit(tmp_path, EMA(decay=0.9), Early())
+        average = test_loss(trainer, module)
+        expected = test_loss(toy_trainer(tmp_path), ToyModule(), ckpt_path=tmp_path / "early.ckpt")
+        if by_hand:
+            module.load_state_dict(torch.load(tmp_path / "early.ckpt", weights_only=True)["state_dict"])
+            assert test_loss(trainer, module) == expected
+        else:
+            assert test_loss(trainer, module, ckpt_path=tmp_path / "early.ckpt") == expected
+        assert abs(average - expected) > 1e-3
+
+
+def test_fit_that_goes_on_with_the_same_trainer_keeps_the_average(tmp_path):
+    ema = EMA(decay=0.9)
+    module, trainer = fit(tmp_path, ema, max_epochs=2)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, toy_loader(), toy_loader())
+    assert ema.updates == 12
+    expected = naive_average(module.trail, 0.9, warmup=True)
+    torch.testing.assert_close(ema.average()["layer.weight"].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_other_averages_are_reported_as_the_module_logs(tmp_path):
+    """Two loaders, all reductions, a step without an index, a loss that stays on the module: decays that hardly differ
+    give numbers that hardly differ."""
+
+    class Logs(ToyModule):
+        def training_step(self, batch):
+            self.last = self.loss(batch)
+            return self.last
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            loss = self.loss(batch) * (1 + dataloader_idx)
+            self.log("val/loss", loss, batch_size=len(batch[0]))
+            for reduction in ("min", "max", "sum"):
+                self.log(f"val/{reduction}", loss, reduce_fx=reduction, add_dataloader_idx=True)
+
+    ema = EMA(decay=[0.9, 0.9 + 1e-9])
+    trainer = toy_trainer(tmp_path, [ema], max_epochs=2)
+    trainer.fit(Logs(), toy_loader(), [toy_loader(), toy_loader(24, 5)])
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    own = {name: value for name, value in metrics.items() if "_ema" not in name}
+    assert len(own) == 8
+    for name, value in own.items():
+        assert metrics[f"{name}_ema{0.9 + 1e-9}"] == pytest.approx(value, rel=1e-5), name
+
+    class Plain(ToyModule):
+        def validation_step(self, batch):
+            self.log("val/loss", self.loss(batch))
+
+    trainer = toy_trainer(tmp_path, [EMA(decay=[0.9, 0.9 + 1e-9])], max_epochs=1)
+    trainer.fit(Plain(), toy_loader(), toy_loader())
+    assert f"val/loss_ema{0.9 + 1e-9}" in trainer.callback_metrics

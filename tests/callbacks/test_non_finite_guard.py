@@ -824,3 +824,49 @@ def test_what_is_plain_comes_through_a_file_and_nothing_else_is_taken(tmp_path):
     for odd in ({"a": Boxed([(1, 2)])}, [object()], {1, 2}):
         with pytest.raises(TypeError, match="is not made of tensors and plain values"):
             as_plain(odd)
+
+
+def test_what_is_accumulated_by_hand_is_one_step(tmp_path):
+    """Four batches a step, the second of eight not finite: its step is left out whole, and the batch is found."""
+
+    class ByHand(Breaks):
+        def __init__(self):
+            super().__init__("forward", at=())
+            self.automatic_optimization = False
+
+        def is_bad(self, how):
+            return how == "forward" and self.bad
+
+        def training_step(self, batch, batch_idx):
+            self.bad = (self.trainer.current_epoch, batch_idx) == (0, 1)
+            self.manual_backward(super().training_step(batch, batch_idx))
+            if batch_idx == 3:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    guard = NonFiniteGuard("skip", dump=False)
+    module, _ = fit(tmp_path, [guard], ByHand)
+    assert guard.skipped == 1
+    assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
+    assert module.norm.num_batches_tracked == 4  # of the second step only
+    assert guard.finding is not None
+
+
+def test_a_run_that_goes_back_after_a_resume_equals_the_uninterrupted_one(tmp_path):
+    """The checkpoint, after step 8, lies between two snapshots, after 5 and 10: both runs go back to it."""
+
+    class Saves(Callback):
+        def on_train_epoch_end(self, trainer, *_):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "eight.ckpt")
+
+    def run(path=None):
+        torch.manual_seed(0)
+        guard, module = NonFiniteGuard("rollback", snapshot_every_n_steps=5, dump=False), Breaks("loss", at=(9,))
+        module.drop = nn.Identity()
+        trainer = toy_trainer(tmp_path, [guard, Saves()], max_epochs=3)
+        trainer.fit(module, toy_loader(), ckpt_path=path)
+        assert guard.rollbacks == 1
+        return module.state_dict()
+
+    assert equal(run(), run(tmp_path / "eight.ckpt"))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 Array = NDArray[Any]
 
+_LARGE = 2**16  # numbers, from which on it pays to divide a tensor among threads
+
 
 def as_values(tensor: Tensor) -> Tensor:
     """The numbers to be measured: those stored of a sparse tensor, complex ones as pairs of reals."""
@@ -53,7 +55,7 @@ def norms(tensors: Sequence[Tensor], order: float = 2.0, uniform: bool = False) 
     if not tensors:
         return torch.zeros(0)
     if uniform or are_uniform(tensors):
-        return torch.stack(torch._foreach_norm(list(tensors), order))
+        return _norms_of_one_kind(list(tensors), order)
     kinds = [(tensor.device, tensor.dtype) for tensor in tensors]
     found: dict[int, Tensor] = {}
     for kind in dict.fromkeys(kinds):
@@ -62,6 +64,21 @@ def norms(tensors: Sequence[Tensor], order: float = 2.0, uniform: bool = False) 
         of_kind = torch._foreach_norm([tensors[place] for place in places], order, wide)
         found |= zip(places, of_kind, strict=True)
     return stacked([found[place] for place in range(len(tensors))])
+
+
+def _norms_of_one_kind(tensors: list[Tensor], order: float) -> Tensor:
+    large = [place for place, t in enumerate(tensors) if t.numel() >= _LARGE and t.is_contiguous()]
+    if order != 2 or not large or tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(tensors, order))
+    # On the CPU a norm takes one thread, a dot product all of them.
+    flat = [tensors[place].view(-1) for place in large]
+    squares = torch.stack([torch.dot(values, values) for values in flat])
+    taken = set(large)
+    small = [place for place in range(len(tensors)) if place not in taken]
+    found = squares.sqrt()
+    if small:
+        found = torch.cat([found, torch.stack(torch._foreach_norm([tensors[place] for place in small]))])
+    return torch.empty_like(found).index_copy_(0, torch.tensor([*large, *small]), found)
 
 
 @torch.inference_mode()

@@ -138,16 +138,18 @@ def _resumes(bench: Bench, saves: Sequence[int], **options: Any) -> str | None:
 
 
 def _new_arguments_win(bench: Bench) -> str | None:
-    bench.fit(saves=(BATCHES,))
-    saved = torch.load(bench.folder / f"{BATCHES}.ckpt", weights_only=False)["callbacks"]
-    callback = bench.makers[0]()
-    state = saved.get(callback.state_key)
-    for argument in set(inspect.signature(type(callback)).parameters) & set(state or ()):
-        other = _another(state[argument])
-        callback.load_state_dict(state | {argument: other})
-        if getattr(callback, argument, None) == other:
-            return f"a checkpoint's {argument} takes the place of the one that was given"
-    return None
+    # The state of one whose arguments were others, given to a new one: its own have to stay.
+    (other,) = bench.fit().callbacks
+    new = bench.makers[0]()
+    arguments = [
+        name for name in inspect.signature(type(new)).parameters if isinstance(_own(new, name), (int, float, str))
+    ]
+    given = {name: _own(new, name) for name in arguments}
+    for name in arguments:
+        setattr(other, name, _another(given[name]))
+    new.load_state_dict(other.state_dict())
+    changed = [name for name in arguments if _own(new, name) != given[name]]
+    return f"a checkpoint's {', '.join(changed)} takes the place of the one that was given" if changed else None
 
 
 def _never_waits_for_the_device(bench: Bench) -> str | None:
@@ -388,7 +390,13 @@ def _plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
 
 
+def _own(callback: Any, name: str) -> Any:
+    return vars(callback).get(name)
+
+
 def _another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
     return value + 1 if isinstance(value, (int, float)) else f"{value} or another"
 
 
