@@ -1,7 +1,8 @@
 """What the statistics callbacks cost: `python -m tests.benchmarks.statistics`.
 
 The documented masked autoencoder, batches of 128, gradient clipping, a CSV logger. In each run every second step is
-measured; the cost is the median difference of neighbouring steps, so that a machine that slows down slows both.
+measured; the cost is the median difference of neighbouring steps, so that a machine that slows down slows both. All
+default callbacks together beside none.
 Then the reduction alone, on 800 small tensors, beside Lightning's `grad_norm`, which has no weights' norms.
 """
 
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import torch
 from lightning import pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import grad_norm
 from torch import nn
 
-from tests.benchmarks.mae_training import LENGTH, OPTIMIZER, SCHEDULE, SIZES, by_hand
+from tests.benchmarks.mae_training import LENGTH, OPTIMIZER, SCHEDULE, SIZES, by_hand, default_callbacks
 from tests.benchmarks.turns import measure, quiet, table
 from trainerkit.callbacks import ActivationStats, GradientFlow, ParameterStats
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
@@ -52,18 +54,38 @@ class Starts(pl.Callback):
         self.times.append(time.perf_counter())
 
 
-def pairs(callback: pl.Callback, folder: Path) -> list[tuple[float, float]]:
-    """Seconds of each step that is not measured and of the measured one after it; the first pair is left out."""
+def steps(callbacks: list[pl.Callback], folder: Path) -> list[float]:
+    """Seconds of each step, the first two left out."""
     starts = Starts()
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", logger=CSVLogger(folder), callbacks=[starts, callback], gradient_clip_val=1.0,
-        enable_model_summary=False, enable_progress_bar=False, enable_checkpointing=False, default_root_dir=folder,
+        max_epochs=1, accelerator="cpu", logger=CSVLogger(folder), callbacks=[starts, *callbacks],
+        gradient_clip_val=1.0, enable_model_summary=False, enable_progress_bar=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks), default_root_dir=folder,
     )  # fmt: skip
     task = MaskedAutoencoderTask(MaskedAutoencoder(**SIZES), optimizer=OPTIMIZER, scheduler=SCHEDULE)
     x = torch.randn(BATCH * STEPS, LENGTH).cumsum(1)
     trainer.fit(task, BatchLoader(ArrayDataset({"x": x}), EpochBatches(len(x), BATCH, shuffle=True)))
-    took = [end - start for start, end in zip(starts.times, starts.times[1:], strict=False)]
-    return list(zip(took[2::2], took[3::2], strict=True))
+    return [end - start for start, end in zip(starts.times, starts.times[1:], strict=False)][2:]
+
+
+def pairs(callback: pl.Callback, folder: Path) -> list[tuple[float, float]]:
+    """Seconds of each step that is not measured and of the measured one after it."""
+    took = steps([callback], folder)
+    return list(zip(took[::2], took[1::2], strict=True))
+
+
+def default_stack(rounds: int) -> None:
+    """All default callbacks beside none, run by run; single steps, so that a moment's disturbance is one of many."""
+    found: dict[str, list[float]] = {"none": [], "all": []}
+    for _ in range(rounds):
+        for name, took in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                # The last step has the end of the epoch in it: checkpoint, history, export.
+                took += steps(default_callbacks() if name == "all" else [], Path(folder))[:-1]
+    medians = {name: statistics.median(took) for name, took in found.items()}
+    print(f"\nThe default callbacks, batches of {BATCH}")
+    print(f"  a step takes {medians['none'] * 1e3:.2f} ms without, {medians['all'] * 1e3:.2f} ms with them", end="")
+    print(f": {medians['all'] / medians['none'] - 1:+.1%}")
 
 
 def measured_steps(rounds: int) -> None:
@@ -111,6 +133,7 @@ def both_to_host(module: nn.Module) -> Callable[[], object]:
 
 def main(rounds: int = 5) -> None:
     quiet()
+    default_stack(2 * rounds)
     measured_steps(rounds)
     contenders = {
         "Lightning's grad_norm": reduction(lambda module: lambda: grad_norm(module, norm_type=2)),
