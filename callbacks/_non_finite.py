@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from trainerkit.callbacks._parameters import named_parameters, plain_name
-from trainerkit.callbacks._twin import run_step
+from trainerkit.callbacks._twin import run_step, unseen
 from trainerkit.files import replacing
 
 FORMAT = 1  # of a dump
@@ -99,12 +99,13 @@ class Replay:
         handles = list(self._hooks())
         # Also where something was found: layers that wait for other ranks need all ranks to run.
         try:
-            with self.context():
-                loss = run_step(self.twin, batch, batch_idx)
-            if loss is not None and self.twin.automatic_optimization:
-                self.twin.losses.append(loss.detach())
-                if loss.requires_grad:
-                    self.scale(loss).backward()
+            with unseen():
+                with self.context():
+                    loss = run_step(self.twin, batch, batch_idx)
+                if loss is not None and self.twin.automatic_optimization:
+                    self.twin.losses.append(loss.detach())
+                    if loss.requires_grad:
+                        self.scale(loss).backward()
         finally:
             for handle in handles:
                 handle.remove()

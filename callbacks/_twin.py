@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
@@ -68,6 +69,13 @@ def make_twin(trainer: Trainer, pl_module: LightningModule) -> Any:
 def as_written() -> Iterator[None]:
     """Run compiled layers as they were written."""
     with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Compute aside from the run, so that whoever counts its operations (Throughput) does not count these."""
+    with _disable_current_modes():
         yield
 
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from trainerkit.callbacks._parameters import as_patterns, is_built, select
 from trainerkit.callbacks._trainer import refuse_sharded
-from trainerkit.callbacks._twin import clone_batch, make_twin, of_every_rank, run_step
+from trainerkit.callbacks._twin import clone_batch, make_twin, of_every_rank, run_step, unseen
 from trainerkit.callbacks.exact_resume import random_state, set_random_state
 
 _STEP = 6e-6  # about the cube root of float64's resolution, where cutting off and rounding cost the same
@@ -213,7 +213,8 @@ class GradientCheck(Callback):
         before, default = random_state(), torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            found = self._check(trainer, pl_module, batch, batch_idx)
+            with unseen():
+                found = self._check(trainer, pl_module, batch, batch_idx)
         finally:
             torch.set_default_dtype(default)
             set_random_state(before)

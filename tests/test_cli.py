@@ -391,5 +391,17 @@ def test_importing_callbacks_needs_neither_hydra_nor_a_task(tmp_path):
     assert "trainerkit.data" not in answer.stdout
 
 
+def test_results_leave_out_the_statistics_of_single_layers():
+    from types import SimpleNamespace
+
+    from trainerkit.run import _metrics
+
+    logged = {
+        "val/loss": 1.0, "val/loss/dataloader_idx_0": 2.0, "throughput/samples": 3.0, "accuracy": 4.0,
+        "train/loss_step": 5.0, "parameters/norm/encoder.0": 6.0,
+    }  # fmt: skip
+    assert list(_metrics(SimpleNamespace(callback_metrics=logged))) == list(logged)[:4]
+
+
 def test_the_root_is_where_the_tests_think():
     assert (ROOT / "configs" / "train.yaml").is_file()

@@ -262,7 +262,10 @@ def _can_test(task: LightningModule, data: LightningDataModule) -> bool:
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+    # The statistics of single layers (parameters/norm/LAYER) are for the loggers: they would hide the results.
+    stages = ("train/", "val/", "test/")
+    return {name: value for name, value in metrics.items() if name.count("/") < 2 or name.startswith(stages)}
 
 
 def _history_metrics(trainer: Trainer) -> dict[str, float]:

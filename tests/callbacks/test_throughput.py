@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import trainerkit.trainer
 from tests.support import ROOT, ToyModule, toy_loader, toy_trainer
-from trainerkit.callbacks import CrashSafeCheckpoint, Throughput
+from trainerkit.callbacks import CrashSafeCheckpoint, GradientCheck, Throughput
 from trainerkit.callbacks._measure import FlopCounter, Stopwatch, leading_dimension
 from trainerkit.callbacks._peak_flops import _TERA, dense_peak, matmul_kind
 from trainerkit.callbacks.throughput import Window, throughput
@@ -304,6 +304,13 @@ def test_compiled_modules_are_counted_and_compiled_all_the_same(tmp_path):
     assert len(compiled) >= 1  # under a bare counter it never would be
     weights = dict(module.layer.named_parameters())["_orig_mod.weight"]
     assert torch.equal(weights, reference.layer.weight)
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_what_another_callback_computes_is_not_counted(tmp_path, turn):
+    callbacks = [Throughput(every_n_steps=2), GradientCheck(5)]
+    plain(tmp_path, callbacks[::turn])
+    assert callbacks[0]._flops_per_sample == 16
 
 
 def test_mfu_is_flops_over_the_peak_and_absent_where_the_peak_is_unknown(tmp_path):
