@@ -7,11 +7,9 @@ with n updates made before (the rule of TensorFlow's ExponentialMovingAverage wi
 Source: B. T. Polyak, A. B. Juditsky, 'Acceleration of stochastic approximation by averaging', 1992.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainerkit.callbacks._averaged_module import GivesWay, SavesAverage
 from trainerkit.callbacks._parameters import (
     as_patterns,
     is_built,
@@ -150,11 +149,9 @@ class EMA(Callback):
             select(pl_module, self.parameters)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep what a resumed fit needs; evaluation takes the file's weights as they are, now and later."""
+        """Keep what a resumed fit needs; an evaluation has the file's weights, to which the average gives way."""
         if trainer.state.fn == "fit":
             self._restored = checkpoint["callbacks"].get(self.state_key)
-        else:
-            self._module = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters; after a resume put average and live weights where they belong."""
@@ -175,11 +172,11 @@ class EMA(Callback):
     def _follow_files(self, pl_module: LightningModule) -> None:
         """Put the average into what is saved, and give way to weights that are loaded later."""
         hook: Any = pl_module.on_save_checkpoint
-        original = hook.original if isinstance(hook, _SavesAverage) else hook  # of an earlier fit
-        object.__setattr__(pl_module, "on_save_checkpoint", _SavesAverage(original, self))
+        original = hook.original if isinstance(hook, SavesAverage) else hook  # of an earlier fit
+        object.__setattr__(pl_module, "on_save_checkpoint", SavesAverage(original, self))
         if self._loading is not None:
             self._loading.remove()
-        self._loading = pl_module.register_load_state_dict_post_hook(_GivesWay(self))  # type: ignore[no-untyped-call]
+        self._loading = pl_module.register_load_state_dict_post_hook(GivesWay(self))  # type: ignore[no-untyped-call]
 
     def give_way(self, module: nn.Module) -> None:
         """Weights were loaded into the module: unless it is in training, they take the place of the average."""
@@ -419,50 +416,6 @@ class EMA(Callback):
             for name, tensor in named(remove_duplicate=False):
                 if name in weights and id(tensor) in by_tensor:
                     weights[name] = by_tensor[id(tensor)]
-
-
-class _SavesAverage:
-    """A module's `on_save_checkpoint` with the average put in before.
-
-    The module's hook is the only one that Lightning calls for a checkpoint with `save_weights_only` as well. It stays
-    after fit, when a checkpoint may be saved too; a copy or pickle of the module has its own hook again.
-    """
-
-    def __init__(self, original: Any, ema: EMA) -> None:
-        self.original = original
-        self.ema = ema
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        module = self.original.__self__
-        if module._trainer is not None and self.ema in module.trainer.callbacks:  # not a later fit without it
-            self.ema.put_into(checkpoint)
-        self.original(checkpoint)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
-
-    def __reduce__(self) -> Any:
-        return self.original.__reduce__()
-
-
-class _GivesWay:
-    """Tells an average that weights were loaded into its module; a copy or pickle of the module tells nobody."""
-
-    def __init__(self, ema: EMA) -> None:
-        self.ema = ema
-
-    def __call__(self, module: nn.Module, incompatible: Any) -> None:
-        self.ema.give_way(module)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self  # it asks which module it is
-
-    def __reduce__(self) -> Any:
-        return partial, (_ignore,)
-
-
-def _ignore(*_: Any) -> None:
-    return None
 
 
 def _size(optimizer: Optimizer) -> int:
