@@ -30,10 +30,12 @@ from trainerkit.trainer import Trainer
 
 BATCH, STEPS, TENSORS = 128, 24, 800
 NEVER = 10**9
+SMALLEST = 8  # times as many pairs of the smallest difference
+NORMS = "ParameterStats, norms and their ratio"
 
 # Each measures every second step.
 MEASURED: dict[str, Callable[[], pl.Callback]] = {
-    "ParameterStats, norms and their ratio": lambda: ParameterStats(every_n_steps=2, full_every_n_steps=NEVER),
+    NORMS: lambda: ParameterStats(every_n_steps=2, full_every_n_steps=NEVER),
     "ParameterStats, everything": lambda: ParameterStats(every_n_steps=2, full_every_n_steps=2),
     "GradientFlow without its picture": lambda: GradientFlow(every_n_steps=2, picture=False),
     "GradientFlow": lambda: GradientFlow(every_n_steps=2),
@@ -74,33 +76,70 @@ def pairs(callback: pl.Callback, folder: Path) -> list[tuple[float, float]]:
     return list(zip(took[::2], took[1::2], strict=True))
 
 
+class Inside:
+    """Seconds spent inside callbacks during batches: their hooks, and what they do after the optimizer's step."""
+
+    def __init__(self, callbacks: list[pl.Callback]) -> None:
+        self.seconds = 0.0
+        for callback in callbacks:
+            for name in ("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
+                         "on_before_optimizer_step", "on_train_batch_end", "_after_step"):  # fmt: skip
+                if hasattr(callback, name):
+                    setattr(callback, name, self.timed(getattr(callback, name)))
+
+    def timed(self, hook: Callable[..., object]) -> Callable[..., object]:
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            hook(*args, **kwargs)
+            self.seconds += time.perf_counter() - start
+
+        return call
+
+
 def default_stack(rounds: int) -> None:
-    """All default callbacks beside none, run by run; single steps, so that a moment's disturbance is one of many."""
+    """All default callbacks beside none, run by run in turns; a round's ratio is of runs made one after the other."""
     found: dict[str, list[float]] = {"none": [], "all": []}
-    for _ in range(rounds):
-        for name, took in found.items():
+    for turn in range(rounds):
+        for name in sorted(found, reverse=bool(turn % 2)):
             with tempfile.TemporaryDirectory() as folder:
                 # The last step has the end of the epoch in it: checkpoint, history, export.
-                took += steps(default_callbacks() if name == "all" else [], Path(folder))[:-1]
+                took = steps(default_callbacks() if name == "all" else [], Path(folder))[:-1]
+                found[name].append(statistics.median(took))
     medians = {name: statistics.median(took) for name, took in found.items()}
+    more = sorted(all_ / none - 1 for none, all_ in zip(found["none"], found["all"], strict=True))
     print(f"\nThe default callbacks, batches of {BATCH}")
     print(f"  a step takes {medians['none'] * 1e3:.2f} ms without, {medians['all'] * 1e3:.2f} ms with them", end="")
-    print(f": {medians['all'] / medians['none'] - 1:+.1%}")
+    print(
+        f": {statistics.median(more):+.1%} (half of the rounds: {more[rounds // 4]:+.1%} to {more[-1 - rounds // 4]:+.1%})"
+    )
+    callbacks = default_callbacks()
+    inside = Inside(callbacks)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = statistics.mean(steps(callbacks, Path(folder))[:-1])
+    mine = inside.seconds / STEPS
+    print(f"  of which {mine * 1e3:.2f} ms are spent inside them: {mine / whole:.1%} of a step")
 
 
 def measured_steps(rounds: int) -> None:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURED}
-    for _ in range(rounds):
+    for turn in range(SMALLEST * rounds):
         for name, make in MEASURED.items():
-            with tempfile.TemporaryDirectory() as folder:
-                found[name] += pairs(make(), Path(folder))
+            if turn % SMALLEST == 0 or name == NORMS:  # a small difference needs many pairs
+                with tempfile.TemporaryDirectory() as folder:
+                    found[name] += pairs(make(), Path(folder))
     by_hand_step = measure({"hand-written": by_hand(BATCH)}, min(rounds, 3))["hand-written"]
     print(f"\nA measured step of the documented model, batches of {BATCH}")
     print(f"  the hand-written step takes {by_hand_step * 1e3:.1f} ms")
     for name, steps in found.items():
         without = statistics.median(off for off, _ in steps)
-        more = statistics.median(on - off for off, on in steps)
-        print(f"  {name:<38}  {more * 1e3:+8.3f} ms on {without * 1e3:.1f} ms: {more / without:+.2%}")
+        differences = sorted(on - off for off, on in steps)
+        more = statistics.median(differences)
+        # Of a median: 1.25 standard errors of a mean, these from the middle half.
+        spread = (differences[len(steps) * 3 // 4] - differences[len(steps) // 4]) / 1.35
+        error = 1.25 * spread / len(steps) ** 0.5
+        print(
+            f"  {name:<38}  {more * 1e3:+8.3f} ± {error * 1e3:.3f} ms on {without * 1e3:.1f} ms: {more / without:+.2%}"
+        )
 
 
 def many_tensors() -> nn.Module:
