@@ -3,9 +3,10 @@
 They need torch and lightning only, take plain arguments, and know no task, data set or config.
 """
 
+from trainerkit.callbacks._stop_signals import StopRequested
 from trainerkit.callbacks.activation_stats import ActivationStats
 from trainerkit.callbacks.best_weights import BestWeights, load_best_weights
-from trainerkit.callbacks.crash_safe_checkpoint import CrashSafeCheckpoint, StopRequested
+from trainerkit.callbacks.crash_safe_checkpoint import CheckpointError, CrashSafeCheckpoint
 from trainerkit.callbacks.early_stopping import EarlyStopping
 from trainerkit.callbacks.ema import EMA
 from trainerkit.callbacks.exact_resume import ExactResume
@@ -25,6 +26,7 @@ __all__ = [
     "EMA",
     "ActivationStats",
     "BestWeights",
+    "CheckpointError",
     "CrashSafeCheckpoint",
     "EarlyStopping",
     "ExactResume",

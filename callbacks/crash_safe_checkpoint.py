@@ -1,53 +1,53 @@
-"""`last.ckpt` and `best.ckpt`, each either the old file or the new one, and a clean stop on Ctrl-C and SIGTERM."""
+"""Checkpoints that survive a crash at any moment, and a clean stop on Ctrl-C, SIGTERM and SIGUSR1."""
 
 import math
-import os
 import signal
-import sys
-import threading
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from trainerkit.callbacks._trainer import validates, warn_of_monitor
-from trainerkit.files import replacing
+from trainerkit.callbacks._checkpoint_files import CheckpointFolder, checkpoint_folder
+from trainerkit.callbacks._host_copy import Behind, HostCopy
+from trainerkit.callbacks._stop_signals import StopRequested, StopSignals
+from trainerkit.callbacks._trainer import is_stepping, step_number, validates, warn_of_monitor
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-
-class StopRequested(SystemExit):
-    """Training was stopped by a signal after a checkpoint was written; the exit code is 128 + the signal's number.
-
-    Attributes:
-        signal: the signal's name, e.g. 'SIGINT'.
-        path: the checkpoint that was written.
-    """
-
-    def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(128 + signum)
-        self.signal = signal.Signals(signum).name
-        self.path = path
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; those written before are whole."""
 
 
 class CrashSafeCheckpoint(Checkpoint):
-    """Write `last.ckpt` after each epoch and `best.ckpt` after each validation that is the best so far.
+    """Write checkpoints of which the newest whole one is always found again, and stop cleanly on a signal.
 
-    A file is written beside its name, flushed to disk and renamed: a crash at any moment leaves the old file or the new
-    one. On the first SIGINT (Ctrl-C) or SIGTERM the step is finished, `last.ckpt` written, and `StopRequested` ends the
-    run; a second signal ends the process at once. A signal during validation waits for its end.
+    A checkpoint is staged in the same folder, flushed to disk and renamed, then gets a manifest with size and SHA-256;
+    `last.ckpt` and `best.ckpt` are links to complete ones. `CrashSafeCheckpoint.latest(folder)` gives the newest that
+    verifies. On the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 the step is finished, a checkpoint written, and
+    `StopRequested` ends the run; a second signal ends the process at once.
 
     Args:
-        monitor: the metric of `best.ckpt`; None writes no such file.
+        monitor: the metric of `best.ckpt`; None writes no such link.
         mode: 'min' if smaller is better, else 'max'.
-        dirname: folder, relative to `trainer.default_root_dir`.
-        every_n_epochs: epochs between two writings of `last.ckpt`; it is written after the last epoch anyway.
-        stop_on_signal: handle SIGINT and SIGTERM as said above while fitting.
+        dirname: folder, relative to `trainer.default_root_dir`; either may be a URL that fsspec knows.
+        save_every: optimizer steps between checkpoints within an epoch; None for none.
+        save_every_minutes: minutes between checkpoints within an epoch; None for none.
+        every_n_epochs: epochs between checkpoints at their end; the last epoch's end has one anyway.
+        keep_checkpoints: how many of the newest are kept; the best one besides.
+        asynchronous: copy the checkpoint to the host's memory and write it in a thread; refused for sharded ones.
+        on_failure: what a checkpoint that cannot be written does to the run: 'stop' it, or 'continue' with a warning.
+        stop_on_signal: handle signals as said above while fitting.
+        requeue_code: exit code after SIGTERM and SIGUSR1, by which schedulers know a job to start again; 75 is
+            EX_TEMPFAIL of sysexits.h. After SIGINT it is 130.
 
     Raises:
-        ValueError: for a value that is not possible.
+        ValueError: for a value that is not possible; in `setup` for an asynchronous sharded checkpoint.
+        CheckpointError: if a checkpoint cannot be written, from the start of fit on.
     """
 
     def __init__(
@@ -55,26 +55,62 @@ class CrashSafeCheckpoint(Checkpoint):
         monitor: str | None = "val/loss",
         mode: Literal["min", "max"] = "min",
         dirname: str = "checkpoints",
+        save_every: int | None = 1000,
+        save_every_minutes: float | None = None,
         every_n_epochs: int = 1,
+        keep_checkpoints: int = 3,
+        asynchronous: bool = False,
+        on_failure: Literal["stop", "continue"] = "stop",
         stop_on_signal: bool = True,
+        requeue_code: int = 75,
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"mode={mode}: must be min or max")
+        if save_every is not None and save_every < 1:
+            raise ValueError(f"save_every={save_every}: must be 1 or more steps, or null")
+        if save_every_minutes is not None and not save_every_minutes > 0:
+            raise ValueError(f"save_every_minutes={save_every_minutes}: must be above 0, or null")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs}: must be 1 or more")
+        if keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints={keep_checkpoints}: must be 1 or more")
+        if on_failure not in ("stop", "continue"):
+            raise ValueError(f"on_failure={on_failure}: must be stop or continue")
+        if not 1 <= requeue_code <= 255:
+            raise ValueError(f"requeue_code={requeue_code}: must be from 1 to 255")
         self.monitor = monitor
         self.mode = mode
         self.dirname = dirname
+        self.save_every = save_every
+        self.save_every_minutes = save_every_minutes
         self.every_n_epochs = every_n_epochs
+        self.keep_checkpoints = keep_checkpoints
+        self.asynchronous = asynchronous
+        self.on_failure = on_failure
         self.stop_on_signal = stop_on_signal
+        self.requeue_code = requeue_code
         self.best_model_score = math.inf if mode == "min" else -math.inf
         # Under the names by which Lightning and its loggers ask a checkpoint callback.
         self.best_model_path = ""
         self.last_model_path = ""
+        self._folder = CheckpointFolder(dirname)
         self._missing = False  # whether the monitor has not been logged so far
-        self._signum: int | None = None
-        self._handlers: dict[int, Any] = {}
-        self._launcher: Any = None
+        self._is_best = False  # whether the validation at this epoch's end was the best
+        self._saved_step, self._saved_time = 0, 0.0
+        self._copy, self._behind = HostCopy(), Behind()
+        self._signals = StopSignals()
+
+    @staticmethod
+    def latest(folder: str | Path) -> str | None:
+        """The newest checkpoint in a folder or at a URL whose content is what was written, or None.
+
+        Warns of each newer one that it skipped, and why.
+        """
+        found = CheckpointFolder(folder)
+        path, skipped = found.newest()
+        for reason in [*skipped, *(f"{name}: has no manifest" for name in found.unfinished())]:
+            rank_zero_warn(f"skipped {reason}")
+        return path
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
@@ -84,14 +120,19 @@ class CrashSafeCheckpoint(Checkpoint):
         """Go on from the best value."""
         self.best_model_score = state_dict["best_model_score"]
 
+    # The start and the end
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Point at files that are there already, and stand last: the others have to be done when a file is written."""
         if self not in trainer.checkpoint_callbacks:
             # The other namespace's Trainer moves only checkpoints of its own class to the end.
             trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # type: ignore[attr-defined]
-        folder = Path(trainer.default_root_dir) / self.dirname
-        self.best_model_path = str(folder / "best.ckpt") if (folder / "best.ckpt").exists() else ""
-        self.last_model_path = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else ""
+        self._folder = checkpoint_folder(trainer.default_root_dir, self.dirname)
+        self.best_model_path, self.last_model_path = self._folder.linked("best"), self._folder.linked("last")
+        if stage == "fit":
+            if self.asynchronous and _is_sharded(trainer):
+                raise ValueError("asynchronous=True: must be False for sharded checkpoints, which all ranks write")
+            self._settle(trainer, _error_of(self._folder.try_out) if trainer.is_global_zero else None, "nothing")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to listen for signals; after Lightning has put its own handlers in place, so that they come back.
@@ -102,101 +143,217 @@ class CrashSafeCheckpoint(Checkpoint):
             self.best_model_path = self.last_model_path = ""
         if not self.best_model_path:
             self.best_model_score = math.inf if self.mode == "min" else -math.inf
-        if self.stop_on_signal and not self._handlers and threading.current_thread() is threading.main_thread():
-            self._signum = None
-            self._launcher = trainer.strategy.launcher
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        self._is_best = False
+        self._saved_step, self._saved_time = step_number(trainer) - 1, time.monotonic()
+        if trainer.is_global_zero:
+            self._folder.clear()
+        if self.stop_on_signal:
+            self._signals.attach(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for what is being written; say so if the run validates, and there never was a best."""
+        self._settle(trainer, _error_of(self._behind.finish), "the last checkpoint")
+        if self._missing and validates(trainer):
+            warn_of_monitor(trainer, self, str(self.monitor), "there is no best.ckpt")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening."""
-        self._restore_handlers()
+        self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop listening; a run that failed in the middle of a step has nothing whole to save."""
-        self._restore_handlers()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._signals.detach()
+        if (error := _error_of(self._behind.finish)) is not None:
+            rank_zero_warn(f"{self._folder}: {error}")
+        self._behind.close()
+
+    # When
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here if a signal came: the step is whole, and Lightning calls checkpoints after all other callbacks."""
-        # At the last batch the epoch's end comes first, so that the checkpoint has its validation and its record.
-        if not trainer.is_last_batch and self._must_stop(trainer):
-            self._save_and_stop(trainer)
+        """Stop here if a signal came: the step is whole, and Lightning calls checkpoints after all other callbacks.
+
+        At the last batch the epoch's end comes first, so that the checkpoint has its validation and its record; within
+        an accumulation window gradients would be lost; a validation that is due would be skipped by the resumed run.
+        """
+        loop = trainer.fit_loop
+        if trainer.is_last_batch or not is_stepping(trainer, pl_module):
+            return
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+            self._save_if_due(trainer, step_number(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `best.ckpt` if this is the best; stop if a signal came during a validation in mid-epoch."""
+        """Within an epoch save if this is the best, or if it is time to; else leave it to the epoch's end."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self._save_if_best(trainer)
-        if not trainer.is_last_batch and self._must_stop(trainer, now=True):
-            self._save_and_stop(trainer)
+        best = self._is_better(trainer)
+        if trainer.is_last_batch:
+            self._is_best |= best
+        elif is_stepping(trainer, pl_module):
+            self._save_if_due(trainer, step_number(trainer), best)
+        elif best:  # what the window has accumulated is not in it: nothing to resume from
+            self._save(trainer, step_number(trainer) - 1, ["best"])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `last.ckpt`; stop if a signal came."""
-        if not validates(trainer):
-            self._save_if_best(trainer)
+        """Save at the end of every n-th epoch and of the last, and if its validation was the best."""
+        best = self._is_best or (not validates(trainer) and self._is_better(trainer))
+        self._is_best = False
         epochs = trainer.current_epoch + 1
-        if self._must_stop(trainer, now=True):
-            self._save_and_stop(trainer)
         over = epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
-        if epochs % self.every_n_epochs == 0 or over:
-            self._save(trainer, "last.ckpt")
+        wanted = best or over or epochs % self.every_n_epochs == 0
+        self._save_if_due(trainer, step_number(trainer) - 1, best, wanted, now=True)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if the run validates, and there never was a best."""
-        if self._missing and validates(trainer):
-            warn_of_monitor(trainer, self, str(self.monitor), "there is no best.ckpt")
+    def _save_if_due(
+        self, trainer: Trainer, step: int, best: bool = False, wanted: bool = False, now: bool = False
+    ) -> None:
+        """Save if a signal came, if it is time to, or if it is `wanted` or the best.
 
-    def _save_if_best(self, trainer: Trainer) -> None:
-        value = trainer.callback_metrics.get(self.monitor or "")
+        Several ranks ask each other about signals and the clock only now and then, for that waits.
+        """
+        asks = now or trainer.world_size == 1 or step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
+        stops = asks and self._any_rank(trainer, self._signals.received is not None)
+        if not (best or wanted or stops):
+            every, minutes = self.save_every, self.save_every_minutes
+            wanted = every is not None and step // every > self._saved_step // every
+            if minutes is not None and asks and not wanted:
+                wanted = self._any_rank(trainer, time.monotonic() - self._saved_time >= 60 * minutes)
+        if best or wanted or stops:
+            self._save(trainer, step, ["last", "best"] if best else ["last"])
+        if stops:
+            self._stop(trainer)
+
+    def _any_rank(self, trainer: Trainer, decision: bool) -> bool:
+        return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
+
+    def _is_better(self, trainer: Trainer) -> bool:
+        if self.monitor is None:
+            return False
+        value = trainer.callback_metrics.get(self.monitor)
+        self._missing = value is None
         if value is None:
-            self._missing = self.monitor is not None
-            return
-        self._missing = False
+            return False
         score = float(value)
         better = score < self.best_model_score if self.mode == "min" else score > self.best_model_score
         # Every rank writes if one does: a metric that was logged without a reduction differs between them.
-        if trainer.strategy.reduce_boolean_decision(better, all=False):
+        if better := self._any_rank(trainer, better):
             self.best_model_score = score
-            self.best_model_path = str(self._save(trainer, "best.ckpt"))
+        return better
 
-    def _save(self, trainer: Trainer, name: str) -> Path:
-        path = Path(trainer.default_root_dir) / self.dirname / name
+    # Writing
+
+    def _save(self, trainer: Trainer, step: int, links: Sequence[str]) -> None:
+        """Write a checkpoint, and have these links mean it; all ranks take part, and learn of a failure."""
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        self._saved_step, self._saved_time = step, time.monotonic()
+        self._settle(trainer, _error_of(self._behind.finish), "the checkpoint before")
+        name = trainer.strategy.broadcast(self._folder.new_name(step) if trainer.is_global_zero else "")
+        facts = {
+            "step": step,
+            "epoch": trainer.current_epoch,
+            "monitor": self.monitor,
+            "score": self.best_model_score if "best" in links else None,
+            "resumable": "last" in links,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "torch": torch.__version__,
+        }
+        error = None
+        if _is_sharded(trainer):
+            error = self._write_shards(trainer, checkpoint, name, facts, links)
+        elif trainer.is_global_zero:
+            content = self._copy.of(checkpoint) if self.asynchronous else checkpoint
+
+            def write() -> None:
+                self._write(trainer, content, name, facts, links)
+
+            if self.asynchronous:
+                self._behind.start(write)
+            else:
+                error = _error_of(write)
+        if self._settle(trainer, error, name):
+            for link in links:
+                setattr(self, f"{link}_model_path", self._folder.place(link, name))
+
+    def _write(
+        self, trainer: Trainer, checkpoint: dict[str, Any], name: str, facts: Mapping[str, Any], links: Sequence[str]
+    ) -> None:
+        try:
+            if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
+                files = self._folder.write(checkpoint, name)
+            else:  # a plugin of the user's
+                trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self._folder.staged(name))
+                files = self._folder.measure(name)
+            self._finish(name, files, facts, links)
+        except BaseException:
+            self._folder.discard(name)
+            raise
+
+    def _write_shards(
+        self, trainer: Trainer, checkpoint: dict[str, Any], name: str, facts: Mapping[str, Any], links: Sequence[str]
+    ) -> str | None:
+        """Each rank writes its part through torch.distributed.checkpoint, and measures it."""
+
+        def write() -> None:
+            trainer.strategy.save_checkpoint(checkpoint, self._folder.staged(name))
+            files.update(self._folder.measure(name, trainer.global_rank))
+
+        files: dict[str, Any] = {}
+        error = _error_of(write)
+        parts: list[Any] = [(error, files)] * trainer.world_size
+        torch.distributed.all_gather_object(parts, (error, files))
+        error = next((found for found, _ in parts if found is not None), None)
         if trainer.is_global_zero:
-            with replacing(path) as temporary:
-                trainer.save_checkpoint(temporary)
-        else:
-            trainer.save_checkpoint(path)  # every rank takes part in gathering; only the first writes
-        if name == "last.ckpt":
-            self.last_model_path = str(path)
-        return path
+            joined = {key: value for _, part in parts for key, value in part.items()}
+            error = error or _error_of(lambda: self._finish(name, joined, facts, links))
+            if error is not None:
+                self._folder.discard(name)
+        return error
 
-    def _save_and_stop(self, trainer: Trainer) -> None:
-        path = self._save(trainer, "last.ckpt")
-        raise StopRequested(self._signum or signal.SIGTERM, path)
+    def _finish(self, name: str, files: Mapping[str, Any], facts: Mapping[str, Any], links: Sequence[str]) -> None:
+        self._folder.commit(name, files, facts)
+        for link in links:
+            self._folder.point(link, name)
+        self._folder.prune(self.keep_checkpoints)
 
-    def _must_stop(self, trainer: Trainer, now: bool = False) -> bool:
-        """Whether a signal reached any rank; several ranks ask each other only now and then, for that waits."""
-        if trainer.world_size == 1:
-            return self._signum is not None
-        if not now and trainer.global_step % max(1, trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            return False
-        return trainer.strategy.reduce_boolean_decision(self._signum is not None, all=False)
+    def _settle(self, trainer: Trainer, error: str | None, what: str) -> bool:
+        """Whether there was no error on the first rank; else the run stops or goes on, as was chosen."""
+        error = trainer.strategy.broadcast(error) if trainer.world_size > 1 else error
+        if error is None:
+            return True
+        whole = "; what was written before is whole" if self.last_model_path else ""
+        message = f"{self._folder}: {what} could not be written: {error}{whole}"
+        if self.on_failure == "stop":
+            raise CheckpointError(
+                f"{message}.\nMake room, or take another folder (out_dir, dirname); on_failure=continue trains on."
+            )
+        rank_zero_warn(message)
+        return False
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None:
-            self._restore_handlers()
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-            return
-        self._signum = signum
-        # Ctrl-C reaches every process of a terminal; another signal only this one, so it is passed on.
-        if signum != signal.SIGINT and type(self._launcher).__name__ == "_SubprocessScriptLauncher":
-            self._launcher.kill(signum)
-        name = signal.Signals(signum).name
-        print(f"\n{name}: finishing this step and saving; once more to stop at once.", file=sys.stderr, flush=True)
+    def _stop(self, trainer: Trainer) -> None:
+        signum = self._signals.received or signal.SIGTERM  # another rank's
+        self._settle(trainer, _error_of(self._behind.finish), "the last checkpoint")
+        if not self._signals.requeue(signum):
+            code = 128 + signum if signum == signal.SIGINT else self.requeue_code
+            raise StopRequested(signum, self.last_model_path, code)
 
-    def _restore_handlers(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+
+def _is_sharded(trainer: Trainer) -> bool:
+    """Whether a checkpoint is a folder to which each rank writes its part."""
+    strategy = trainer.strategy
+    return bool(getattr(strategy, "_save_distributed_checkpoint", False)) or (
+        getattr(strategy, "_state_dict_type", "") == "sharded"
+    )
+
+
+def _error_of(work: Any) -> str | None:
+    """Do it, and give what went wrong with the disk: as a sentence, which other ranks can be told."""
+    try:
+        work()
+    except OSError as error:
+        return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+    except RuntimeError as error:  # how torch's writer says it
+        return str(error).splitlines()[0]
+    return None

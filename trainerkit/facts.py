@@ -57,9 +57,9 @@ def pass_to_children(cfg: DictConfig) -> None:
     atexit.register(Path(name).unlink, missing_ok=True)
 
 
-def differences(checkpoint: Path, cfg: DictConfig, part: str) -> list[str]:
+def differences(checkpoint: str, cfg: DictConfig, part: str) -> list[str]:
     """What a part of the config was in the run that wrote a checkpoint, and is now."""
-    path = checkpoint.parent.parent / "config.yaml"
+    path = Path(checkpoint).parent.parent / "config.yaml"
     if not path.exists():
         return []
     then, now = (dict(_flat(OmegaConf.select(OmegaConf.load(path), part), part)), dict(_flat(cfg.get(part), part)))

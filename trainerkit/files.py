@@ -32,9 +32,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         # mkstemp makes private files; the result gets the rights that open() would have given it.
         os.chmod(temporary, 0o666 & ~_umask())
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -63,7 +63,12 @@ def _umask() -> int:
     return current
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write a file's content, or a folder's names, to the disk.
+
+    Raises:
+        OSError: if it cannot be.
+    """
     # Windows cannot open folders, and needs no flush of them.
     if os.name == "nt" and path.is_dir():
         return

@@ -19,7 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainerkit.build import build
-from trainerkit.callbacks import CrashSafeCheckpoint, EarlyStopping, History, SavePredictions, StopRequested
+from trainerkit.callbacks import (
+    CheckpointError,
+    CrashSafeCheckpoint,
+    EarlyStopping,
+    History,
+    SavePredictions,
+    StopRequested,
+)
+from trainerkit.callbacks._checkpoint_files import CheckpointFolder, checkpoint_folder, fault_of
 from trainerkit.errors import UserError
 from trainerkit.facts import WriteFacts, differences, pass_to_children
 from trainerkit.files import write_json
@@ -136,7 +144,7 @@ def _fit(
     trainer: Trainer,
     task: LightningModule,
     data: LightningDataModule,
-    checkpoint: Path | None,
+    checkpoint: str | None,
 ) -> dict[str, float]:
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
@@ -170,7 +178,7 @@ def _fit(
 
 
 def _evaluate(
-    stage: str, trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: Path | None
+    stage: str, trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: str | None
 ) -> dict[str, float]:
     if stage == "predict":
         trainer.predict(task, datamodule=data, ckpt_path=checkpoint, return_predictions=False)
@@ -186,35 +194,53 @@ def _evaluate(
     return metrics
 
 
-def _checkpoint(cfg: DictConfig, out_dir: Path) -> Path | None:
-    """The checkpoint to begin from: `resume=auto` looks into `out_dir`, for last.ckpt to fit, else for best.ckpt."""
-    name = "last.ckpt" if cfg.stage == "fit" else "best.ckpt"
-    found = out_dir / "checkpoints" / name
+def _checkpoint(cfg: DictConfig, out_dir: Path) -> str | None:
+    """The checkpoint to begin from: `resume=auto` takes the newest whole one to fit, else the best one."""
+    fits = cfg.stage == "fit"
+    folder = checkpoint_folder(
+        out_dir, OmegaConf.select(cfg, "callbacks.crash_safe_checkpoint.dirname") or "checkpoints"
+    )
     if cfg.resume is None:
-        if cfg.stage == "fit" and found.exists():
+        if fits and folder.newest()[0] is not None:
             raise UserError(
                 f"resume=null: {out_dir} already holds a run, which would be overwritten.\n"
                 "Take resume=auto to continue it, or another out_dir."
             )
         return None
     if cfg.resume == "auto":
-        if found.exists():
-            return found
-        if cfg.stage != "fit" and not OmegaConf.select(cfg, "task.network.weights"):
-            raise UserError(
-                f"stage={cfg.stage} needs trained weights, and {found} is not there.\n"
-                "Name the folder of a run (out_dir=…), a checkpoint (resume=PATH), or take the task's initial weights "
-                "(resume=null)."
-            )
-        return None
-    path = Path(str(cfg.resume)).expanduser()
-    if not path.is_file():
+        return _newest(folder) if fits else _best(cfg, folder)
+    path = str(Path(str(cfg.resume)).expanduser()) if "://" not in str(cfg.resume) else str(cfg.resume)
+    if "://" not in path and not Path(path).exists():
         raise UserError(f"resume={cfg.resume}: there is no such file; must be auto, null or the path of a checkpoint.")
-    if cfg.stage == "fit" and found.exists() and path.resolve().parent != found.resolve().parent:
+    if (fault := fault_of(path)) is not None:
+        raise UserError(f"resume={cfg.resume}: {fault}; take another, or resume=auto for the newest whole one.")
+    if fits and folder.path is not None and Path(path).resolve().parent != folder.path.resolve() and folder.newest()[0]:
         raise UserError(
             f"resume={path}: {out_dir} holds another run, which would be overwritten; take another out_dir."
         )
     return path
+
+
+def _newest(folder: CheckpointFolder) -> str | None:
+    path, skipped = folder.newest()
+    for reason in [*skipped, *(f"{name}: was not finished" for name in folder.unfinished())]:
+        print(f"trainerkit: skipped {folder.locate(reason)}", file=sys.stderr)
+    if skipped and path is None:
+        raise UserError(f"{folder} holds no whole checkpoint.\nTake another out_dir, or remove them to begin anew.")
+    return path
+
+
+def _best(cfg: DictConfig, folder: CheckpointFolder) -> str | None:
+    path = folder.linked("best")
+    if path and (fault := folder.fault("best.ckpt")) is not None:
+        raise UserError(f"{path}: {fault}; name another checkpoint (resume=PATH).")
+    if not path and not OmegaConf.select(cfg, "task.network.weights"):
+        raise UserError(
+            f"stage={cfg.stage} needs trained weights, and {folder.locate('best.ckpt')} is not there.\n"
+            "Name the folder of a run (out_dir=…), a checkpoint (resume=PATH), or take the task's initial weights "
+            "(resume=null)."
+        )
+    return path or None
 
 
 def _is_finished(results_path: Path, cfg: DictConfig) -> bool:
@@ -227,7 +253,7 @@ def _is_finished(results_path: Path, cfg: DictConfig) -> bool:
 
 
 @contextmanager
-def _advice(checkpoint: Path | None, cfg: DictConfig) -> Iterator[None]:
+def _advice(checkpoint: str | None, cfg: DictConfig) -> Iterator[None]:
     """Turn what the user can put right, and only that, into a `UserError`; a bug keeps its traceback."""
     try:
         yield
@@ -241,6 +267,8 @@ def _advice(checkpoint: Path | None, cfg: DictConfig) -> Iterator[None]:
         if re.match(r"[\w.]+=", str(error)):
             raise UserError(str(error)) from error
         raise
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
@@ -283,7 +311,7 @@ def _command(overrides: list[str], out_dir: Path) -> str:
     return " ".join(["python -m trainerkit", *map(shlex.quote, kept), f"out_dir={shlex.quote(str(out_dir))}"])
 
 
-def _print_start(cfg: DictConfig, out_dir: Path, checkpoint: Path | None, trainer: Trainer) -> None:
+def _print_start(cfg: DictConfig, out_dir: Path, checkpoint: str | None, trainer: Trainer) -> None:
     device = trainer.strategy.root_device
     start = f"from {checkpoint}" if checkpoint else "from the start" if cfg.stage == "fit" else "with initial weights"
     _say(trainer, f"trainerkit: {cfg.stage} {start}, on {device}, {trainer.precision}, in {out_dir}")

@@ -1,11 +1,20 @@
+import hashlib
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
+import fsspec
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from tests.support import ToyModule, toy_loader, toy_trainer
-from trainerkit.callbacks import CrashSafeCheckpoint, History, StopRequested
+from tests.support import ROOT, ToyModule, toy_loader, toy_trainer
+from trainerkit.callbacks import EMA, CheckpointError, CrashSafeCheckpoint, ExactResume, History, StopRequested
+from trainerkit.callbacks._host_copy import HostCopy
+from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
 
 
 class Scripted(ToyModule):
@@ -15,47 +24,116 @@ class Scripted(ToyModule):
         self.log("val/loss", torch.tensor(self.losses[self.current_epoch]))
 
 
-def test_last_and_best_hold_the_right_epochs(tmp_path):
+def names(folder):
+    return sorted(os.listdir(folder / "checkpoints"))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def steps_of(folder):
+    return [load(path)["global_step"] for path in sorted((folder / "checkpoints").glob("step-*.ckpt"))]
+
+
+def test_last_and_best_are_links_to_the_right_epochs(tmp_path):
     callback = CrashSafeCheckpoint()
     toy_trainer(tmp_path, [callback]).fit(Scripted(), toy_loader(), toy_loader())
     folder = tmp_path / "checkpoints"
-    assert sorted(os.listdir(folder)) == ["best.ckpt", "last.ckpt"]
-    last, best = (torch.load(folder / name, weights_only=True) for name in ("last.ckpt", "best.ckpt"))
-    assert (last["global_step"], best["global_step"]) == (12, 8)
+    stems = [f"step-{step:08d}" for step in (4, 8, 12)]
+    assert names(tmp_path) == sorted(
+        ["best.ckpt", "last.ckpt", *(f"{stem}{end}" for stem in stems for end in (".ckpt", ".json"))]
+    )
+    assert (os.readlink(folder / "last.ckpt"), os.readlink(folder / "best.ckpt")) == (
+        "step-00000012.ckpt",
+        "step-00000008.ckpt",
+    )
+    assert (load(folder / "last.ckpt")["global_step"], load(folder / "best.ckpt")["global_step"]) == (12, 8)
     assert callback.best_model_path == str(folder / "best.ckpt")
     assert callback.best_model_score == 1.0
+    assert CrashSafeCheckpoint.latest(folder) == str(folder / "step-00000012.ckpt")
 
 
-def test_every_n_epochs_and_the_last_one(tmp_path):
-    written = []
-
-    class Notes(CrashSafeCheckpoint):
-        def _save(self, trainer, name):
-            written.append((name, trainer.current_epoch + 1))
-            return super()._save(trainer, name)
-
-    toy_trainer(tmp_path, [Notes(monitor=None, every_n_epochs=2)], max_epochs=5).fit(ToyModule(), toy_loader())
-    assert written == [("last.ckpt", 2), ("last.ckpt", 4), ("last.ckpt", 5)]
+def test_a_manifest_says_what_the_file_is(tmp_path):
+    toy_trainer(tmp_path, [CrashSafeCheckpoint()], max_epochs=2).fit(Scripted(), toy_loader(), toy_loader())
+    path = tmp_path / "checkpoints" / "step-00000008.ckpt"
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifest["files"] == {path.name: {"size": path.stat().st_size, "sha256": digest}}
+    kept = {key: manifest[key] for key in ("number", "step", "epoch", "monitor", "score", "resumable")}
+    assert kept == {"number": 2, "step": 8, "epoch": 1, "monitor": "val/loss", "score": 1.0, "resumable": True}
 
 
-def test_a_failure_while_writing_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    folder = tmp_path / "checkpoints"
-    toy_trainer(tmp_path, [CrashSafeCheckpoint(monitor=None)], max_epochs=1).fit(ToyModule(), toy_loader())
-    before = (folder / "last.ckpt").read_bytes()
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, [4, 8, 12, 16, 20]),
+        ({"every_n_epochs": 2}, [8, 16, 20]),
+        ({"save_every": 3}, [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]),
+        ({"save_every": None, "save_every_minutes": 1e-9, "every_n_epochs": 9}, list(range(1, 21))),
+        ({"save_every_minutes": 1000, "every_n_epochs": 9}, [20]),
+    ],
+)  # fmt: skip
+def test_checkpoints_are_written_at_these_steps(tmp_path, options, steps):
+    callback = CrashSafeCheckpoint(monitor=None, keep_checkpoints=99, **options)
+    toy_trainer(tmp_path, [callback], max_epochs=5).fit(ToyModule(), toy_loader())
+    assert steps_of(tmp_path) == steps
 
-    def half(trainer, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
 
-    trainer = toy_trainer(tmp_path, [CrashSafeCheckpoint(monitor=None)], max_epochs=2)
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda path: half(trainer, path))
-    with pytest.raises(OSError, match="No space left"):
-        trainer.fit(ToyModule(), toy_loader())
-    assert (folder / "last.ckpt").read_bytes() == before
-    assert os.listdir(folder) == ["last.ckpt"]
+@pytest.mark.parametrize(("keep", "steps"), [(1, [4, 20]), (2, [4, 16, 20]), (9, [4, 8, 12, 16, 20])])
+def test_the_newest_and_the_best_are_kept(tmp_path, keep, steps):
+    class FirstIsBest(Scripted):
+        losses = (1.0, 2.0, 3.0, 4.0, 5.0)
+
+    callback = CrashSafeCheckpoint(keep_checkpoints=keep)
+    toy_trainer(tmp_path, [callback], max_epochs=5).fit(FirstIsBest(), toy_loader(), toy_loader())
+    assert steps_of(tmp_path) == steps
+    assert len(names(tmp_path)) == 2 * len(steps) + 2
+    assert load(tmp_path / "checkpoints" / "best.ckpt")["global_step"] == 4
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"accumulate_grad_batches": 3}])
+def test_a_run_resumed_from_any_checkpoint_validates_as_often_and_ends_with_the_same_bits(tmp_path, options):
+    """Validations within an epoch, some due at the step of a checkpoint, some within an accumulation window."""
+
+    class Validations(ToyModule):
+        def __init__(self):
+            super().__init__()
+            self.validated = []
+
+        def loss(self, batch):
+            return super().loss((batch["x"], batch["y"]))
+
+        def on_validation_end(self):
+            self.validated.append((self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx))
+
+    def fit(folder, checkpoint=None):
+        x = torch.randn(96, 4, generator=torch.Generator().manual_seed(1))
+        data = ArrayDataset({"x": x, "y": x.sum(1)})
+        train, val = (BatchLoader(data, EpochBatches(96, 8, shuffle=shuffle)) for shuffle in (True, False))
+        module = Validations()
+        callbacks = [CrashSafeCheckpoint(save_every=1, keep_checkpoints=99), ExactResume()]
+        trainer = toy_trainer(folder, callbacks, max_epochs=2, val_check_interval=5, **options)
+        trainer.fit(module, train, val, ckpt_path=checkpoint)
+        return module
+
+    torch.manual_seed(1)
+    whole = fit(tmp_path / "whole")
+    assert len(whole.validated) == 4
+    folder = tmp_path / "whole" / "checkpoints"
+    manifests = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    resumable = [next(iter(manifest["files"])) for manifest in manifests if manifest["resumable"]]
+    assert len(resumable) == {1: 24, 2: 12, 3: 8}[options.get("accumulate_grad_batches", 1)]
+    for number, name in enumerate(resumable):
+        loops = load(folder / name)["loops"]["fit_loop"]
+        epoch, batch = (loops[key]["current"] for key in ("epoch_progress", "epoch_loop.batch_progress"))
+        begun = epoch["completed"], batch["ready"] - 1
+        resumed = fit(tmp_path / f"resumed{number}", folder / name)
+        assert torch.equal(resumed.layer.weight, whole.layer.weight), name
+        assert resumed.validated == [place for place in whole.validated if place > begun], name
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("place", ["training_step", "validation_step"])
 def test_a_signal_finishes_the_step_saves_and_stops_with_its_exit_code(tmp_path, signum, place, capsys):
     class Interrupted(ToyModule):
@@ -71,16 +149,186 @@ def test_a_signal_finishes_the_step_saves_and_stops_with_its_exit_code(tmp_path,
                     os.kill(os.getpid(), signum)
             super().validation_step(batch, batch_idx)
 
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
     trainer = toy_trainer(tmp_path, [CrashSafeCheckpoint()])
     with pytest.raises(StopRequested) as stop:
         trainer.fit(Interrupted(), toy_loader(), toy_loader())
-    assert stop.value.code == 128 + signum
+    assert stop.value.code == (130 if signum == signal.SIGINT else 75)
     assert stop.value.signal == signal.Signals(signum).name
-    content = torch.load(stop.value.path, weights_only=True)
-    assert content["global_step"] == {"training_step": 6, "validation_step": 8}[place]
+    assert load(stop.value.path)["global_step"] == {"training_step": 6, "validation_step": 8}[place]
     assert "finishing this step and saving" in capsys.readouterr().err
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in numbers] == handlers
+
+
+def test_a_signal_within_an_accumulation_window_waits_for_its_step(tmp_path):
+    class Interrupted(ToyModule):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    trainer = toy_trainer(tmp_path, [CrashSafeCheckpoint(requeue_code=99)], accumulate_grad_batches=3)
+    with pytest.raises(StopRequested) as stop:
+        trainer.fit(Interrupted(), toy_loader(rows=72))
+    loops = load(stop.value.path)["loops"]["fit_loop"]
+    assert loops["epoch_loop.batch_progress"]["current"]["ready"] == 6
+    assert stop.value.code == 99
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    script = f"""
+import os, signal
+from tests.support import ToyModule, toy_loader, toy_trainer
+from trainerkit.callbacks import CrashSafeCheckpoint
+class Twice(ToyModule):
+    def training_step(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("still alive")
+toy_trainer({str(tmp_path)!r}, [CrashSafeCheckpoint()]).fit(Twice(), toy_loader())
+"""
+    answer = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert answer.returncode == -signal.SIGTERM, answer.stderr
+
+
+def test_slurm_requeues_with_lightnings_checkpoint_of_a_whole_step(tmp_path, monkeypatch):
+    """There is no SLURM here: its variables, and a command `scontrol` that notes its arguments, take its place."""
+    for name, value in {
+        "JOB_ID": "41",
+        "JOB_NAME": "fit",
+        "NTASKS": "1",
+        "PROCID": "0",
+        "LOCALID": "0",
+        "NODEID": "0",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+
+    class Preempted(ToyModule):
+        def training_step(self, batch, batch_idx):
+            if self.global_step in (5, 9):
+                os.kill(os.getpid(), signal.SIGUSR1 if self.global_step == 5 else signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    environment = SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR1)
+    trainer = toy_trainer(tmp_path, [CrashSafeCheckpoint()], plugins=[environment])
+    with pytest.raises(StopRequested) as stop:
+        trainer.fit(Preempted(), toy_loader(), toy_loader())
+    assert (tmp_path / "asked").read_text() == "requeue 41\n"
+    of_lightning, ours = load(tmp_path / "hpc_ckpt_1.ckpt"), load(tmp_path / "checkpoints" / "step-00000006.ckpt")
+    assert of_lightning["global_step"] == ours["global_step"] == 6
+    assert torch.equal(of_lightning["state_dict"]["layer.weight"], ours["state_dict"]["layer.weight"])
+    assert load(stop.value.path)["global_step"] == 10  # training went on until SLURM ended it
+
+
+def test_written_behind_the_files_are_those_written_at_once(tmp_path):
+    for name, asynchronous in (("at_once", False), ("behind", True)):
+        torch.manual_seed(1)
+        callbacks = [
+            EMA(0.9),
+            History(),
+            CrashSafeCheckpoint(save_every=1, keep_checkpoints=99, asynchronous=asynchronous),
+        ]
+        toy_trainer(tmp_path / name, callbacks).fit(ToyModule(), toy_loader(), toy_loader())
+    assert names(tmp_path / "behind") == names(tmp_path / "at_once")
+    for path in sorted((tmp_path / "at_once" / "checkpoints").glob("step-*.ckpt")):
+        one, other = load(path), load(tmp_path / "behind" / "checkpoints" / path.name)
+        for content in (one, other):
+            history = content["callbacks"]["History"]
+            history |= {"seconds": 0, "records": [record | {"seconds": 0} for record in history["records"]]}
+        assert differing(one, other) == []
+
+
+def differing(one, other, key=""):
+    """The places where two checkpoints are not the same."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [place for name in one for place in differing(one[name], other[name], f"{key}.{name}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [
+            place
+            for number, pair in enumerate(zip(one, other, strict=True))
+            for place in differing(*pair, f"{key}.{number}")
+        ]
+    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if same else [key]
+
+
+def test_a_host_copy_shares_memory_as_the_original_and_is_reused():
+    weight = torch.arange(6.0).view(2, 3)
+    content = {"a": weight, "tied": weight, "part": weight[1], "list": [1, (weight.t(),)], "half": torch.ones(3).half()}
+    copy = HostCopy()
+    first = copy.of(content)
+    weight.zero_()
+    assert torch.equal(first["a"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(first["part"], torch.tensor([3.0, 4, 5]))
+    assert torch.equal(first["list"][1][0], torch.arange(6.0).view(2, 3).t())
+    assert first["half"].dtype == torch.float16
+    places = {first[name].untyped_storage().data_ptr() for name in ("a", "tied", "part")}
+    assert len(places) == 1
+    second = copy.of(content)
+    assert second["a"].untyped_storage().data_ptr() in places
+    assert torch.equal(second["a"], torch.zeros(2, 3))
+
+
+def test_at_a_url_it_is_written_found_and_resumed(tmp_path):
+    url = f"memory://{tmp_path.name}"
+    torch.manual_seed(1)
+    whole = ToyModule()
+    toy_trainer(tmp_path, [CrashSafeCheckpoint(dirname=f"{url}/whole")], max_epochs=4).fit(
+        whole, toy_loader(), toy_loader()
+    )
+    torch.manual_seed(1)
+    callback = CrashSafeCheckpoint(dirname=f"{url}/cut", keep_checkpoints=2)
+    toy_trainer(tmp_path, [callback]).fit(ToyModule(), toy_loader(), toy_loader())
+    last = CrashSafeCheckpoint.latest(f"{url}/cut")
+    assert last == callback.last_model_path == f"{url}/cut/step-00000012.ckpt"
+    resumed = ToyModule()
+    toy_trainer(tmp_path, [CrashSafeCheckpoint(dirname=f"{url}/cut")], max_epochs=4).fit(
+        resumed, toy_loader(), toy_loader(), ckpt_path=last
+    )
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+    files = fsspec.filesystem("memory")
+    files.pipe_file(f"/{tmp_path.name}/cut/step-00000016.ckpt", b"half")
+    with pytest.warns(UserWarning, match="skipped step-00000016.ckpt: step-00000016.ckpt has 4 bytes, must have"):
+        assert CrashSafeCheckpoint.latest(f"{url}/cut") == f"{url}/cut/step-00000012.ckpt"
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_two_processes_one_writes_and_both_learn_of_a_failure(tmp_path):
+    class Fails(ToyModule):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1 and self.global_rank == 0:
+                (tmp_path / "checkpoints").rename(tmp_path / "moved")
+                (tmp_path / "checkpoints").write_text("a file is in the way")
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch)
+
+    class Notes(CrashSafeCheckpoint):
+        def _settle(self, trainer, error, what):
+            try:
+                return super()._settle(trainer, error, what)
+            except CheckpointError as failure:
+                (tmp_path / f"rank{trainer.global_rank}").write_text(str(failure))
+                deadline = time.monotonic() + 30
+                while not (tmp_path / "rank1").exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)  # the process that ends first has the other one killed
+                raise
+
+    trainer = toy_trainer(tmp_path, [Notes(monitor=None)], devices=2, strategy="ddp_fork")
+    with pytest.raises(Exception, match="could not be written"):
+        trainer.fit(Fails(), toy_loader())
+    for rank in (0, 1):
+        assert "step-00000004.ckpt could not be written: File exists" in (tmp_path / f"rank{rank}").read_text()
+    assert sorted(path.name for path in (tmp_path / "moved").glob("step*")) == [
+        "step-00000002.ckpt",
+        "step-00000002.json",
+    ]
 
 
 def test_handlers_are_given_back_after_a_normal_run(tmp_path):
@@ -90,7 +338,16 @@ def test_handlers_are_given_back_after_a_normal_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"mode": "x"}, "mode=x: must be min or max"), ({"every_n_epochs": 0}, "every_n_epochs=0")]
+    ("options", "message"),
+    [
+        ({"mode": "x"}, "mode=x: must be min or max"),
+        ({"every_n_epochs": 0}, "every_n_epochs=0: must be 1 or more"),
+        ({"save_every": 0}, "save_every=0: must be 1 or more steps, or null"),
+        ({"save_every_minutes": 0}, "save_every_minutes=0: must be above 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints=0: must be 1 or more"),
+        ({"on_failure": "retry"}, "on_failure=retry: must be stop or continue"),
+        ({"requeue_code": 0}, "requeue_code=0: must be from 1 to 255"),
+    ],
 )
 def test_wrong_arguments_say_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
