@@ -12,6 +12,7 @@ and `last.json`, `best.json` take the place of the links.
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -90,7 +91,13 @@ class CheckpointFolder:
             self.fs.pipe_file(self._key(name), bytes(content))
             return {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         self.path.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, self.staged(name))
+        try:
+            with open(self.staged(name), "wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's writer hides what the system said behind a sentence of its own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         return self.measure(name)
 
     def measure(self, name: str, of_rank: int | None = None) -> dict[str, Any]:
@@ -168,7 +175,7 @@ class CheckpointFolder:
         name = self.target(link)
         if self.path is None:
             return self.locate(name) if name else ""
-        return self.locate(f"{link}.ckpt") if (self.path / f"{link}.ckpt").exists() else ""
+        return self.locate(f"{link}.ckpt") if os.path.exists(self.path / f"{link}.ckpt") else ""
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest and what a link means; also what was never finished."""
@@ -246,7 +253,8 @@ class CheckpointFolder:
         return None
 
     def _newest_first(self) -> list[dict[str, Any]]:
-        return sorted(self._manifests(), key=lambda manifest: manifest.get("number", 0), reverse=True)
+        """All manifests; where a damaged one belongs is not known: it comes first, to be spoken of."""
+        return sorted(self._manifests(), key=lambda manifest: manifest.get("number", math.inf), reverse=True)
 
     def _manifests(self) -> Iterator[dict[str, Any]]:
         """Each manifest with the checkpoint's `name`; one that cannot be used has a `fault` instead of content."""

@@ -132,7 +132,7 @@ class CrashSafeCheckpoint(Checkpoint):
         if stage == "fit":
             if self.asynchronous and _is_sharded(trainer):
                 raise ValueError("asynchronous=True: must be False for sharded checkpoints, which all ranks write")
-            self._settle(trainer, _error_of(self._folder.try_out) if trainer.is_global_zero else None, "nothing")
+            self._settle(trainer, _error_of(self._folder.try_out) if trainer.is_global_zero else None, "checkpoints")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to listen for signals; after Lightning has put its own handlers in place, so that they come back.

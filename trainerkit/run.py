@@ -60,7 +60,10 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
         raise UserError(f"seed={cfg.seed}: must be a whole number from 0 to 4294967295.")
     out_dir = Path(str(cfg.out_dir)).expanduser()
     results_path = out_dir / "results.json"
-    checkpoint = _checkpoint(cfg, out_dir)
+    try:
+        checkpoint = _checkpoint(cfg, out_dir)
+    except OSError as error:
+        raise UserError(f"out_dir={cfg.out_dir}: {error.strerror} ({error.filename}).") from error
     if cfg.stage == "fit" and checkpoint is not None and _is_finished(results_path, cfg):
         results: dict[str, Any] = json.loads(results_path.read_text(encoding="utf-8"))
         print(f"{out_dir} holds a finished run ({results['stopped']}); nothing was changed.")
