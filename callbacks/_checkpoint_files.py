@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from fsspec.core import url_to_fs
@@ -92,13 +92,16 @@ class CheckpointFolder:
             return {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with open(self.staged(name), "wb") as file:
-                torch.save(checkpoint, file)
+            with open(self.staged(name), "wb") as file, ThreadPoolExecutor(1) as hasher:
+                hashed: Any = _Hashed(file, hasher)
+                torch.save(checkpoint, hashed)
+                hashed.flush()
+                os.fsync(file.fileno())
         except RuntimeError as error:  # torch's writer hides what the system said behind a sentence of its own
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        return self.measure(name)
+        return {name: hashed.found()}
 
     def measure(self, name: str, of_rank: int | None = None) -> dict[str, Any]:
         """Sizes and hashes of what was staged, and flush it.
@@ -301,6 +304,30 @@ def fault_of(path: str) -> str | None:
     """What is wrong with the checkpoint at a path or URL, or None; nothing is known of one without a manifest."""
     folder, _, name = path.replace(os.sep, "/").rpartition("/")
     return CheckpointFolder(folder or ".").fault(name)
+
+
+class _Hashed:
+    """A file that is hashed while it is written; writing waits for the disk's cache, hashing for the processor."""
+
+    def __init__(self, file: IO[bytes], hasher: ThreadPoolExecutor) -> None:
+        self._file, self._hasher = file, hasher
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def write(self, content: Any) -> int:
+        """Write and hash bytes."""
+        hashed = self._hasher.submit(self._digest.update, content)
+        written = self._file.write(content)
+        hashed.result()  # what the memory holds may change after this
+        self._size += written
+        return written
+
+    def flush(self) -> None:
+        """Hand everything to the system."""
+        self._file.flush()
+
+    def found(self) -> dict[str, Any]:
+        """Size and hash, as a manifest has them."""
+        return {"size": self._size, "sha256": self._digest.hexdigest()}
 
 
 def _digest(file: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def sharded_in_two_ranks(bench: Bench) -> Ranks | str:
 def _in_two_processes(bench: Bench, strategy: str) -> Ranks | str:
     # Forked: the callbacks' makers need not be importable, and nothing is imported anew.
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     files = [bench.folder / f"{strategy}-{rank}.pt" for rank in range(2)]
     processes = [context.Process(target=_rank, args=(bench, strategy, rank, port, files[rank])) for rank in range(2)]
     bench.folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,8 @@ class _Ends(Callback):
         self.result |= {"weights": whole, "validated": list(self.witness.validated)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
