@@ -18,6 +18,7 @@ from trainerkit.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
 from trainerkit.callbacks.parameter_norm_clip import ParameterNormClip
 from trainerkit.callbacks.parameter_stats import ParameterStats
 from trainerkit.callbacks.progressive_unfreezing import ProgressiveUnfreezing
+from trainerkit.callbacks.rank_consensus import RankConsensus, RanksDiffer
 from trainerkit.callbacks.save_predictions import SavePredictions
 from trainerkit.callbacks.throughput import Throughput
 
@@ -39,6 +40,8 @@ __all__ = [
     "ParameterNormClip",
     "ParameterStats",
     "ProgressiveUnfreezing",
+    "RankConsensus",
+    "RanksDiffer",
     "SavePredictions",
     "StopRequested",
     "Throughput",

@@ -1,0 +1,54 @@
+"""Digests of tensors, and nests of values by name."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def digest(tensor: Tensor) -> bytes:
+    """The SHA-256 (32 bytes) of a tensor's dtype, shape and elements; of a DTensor, those of this rank's piece.
+
+    What is on a device is copied to the host for it, and the device waited for.
+    """
+    tensor = getattr(tensor, "_local_tensor", tensor).detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    found = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    # NumPy has no bfloat16; every tensor has bytes.
+    host = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+    found.update(memoryview(host.reshape(-1).view(torch.uint8).numpy()))
+    return found.digest()
+
+
+def digest_of(value: Any) -> bytes:
+    """As `digest` for a tensor or an array; a plain value by its `repr`, anything else by its type."""
+    if isinstance(value, Tensor):
+        return digest(value)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).digest()
+    return hashlib.sha256(shown(value).encode()).digest()
+
+
+def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, lists and tuples as (dotted name, value); an empty nest is a leaf."""
+    if isinstance(value, Mapping) and value:
+        for key, child in value.items():
+            yield from flat(child, f"{name}.{key}")
+    elif isinstance(value, list | tuple) and value:
+        for position, child in enumerate(value):
+            yield from flat(child, f"{name}.{position}")
+    else:
+        yield name, value
+
+
+def shown(value: Any) -> str:
+    """A plain value as Python writes it; of anything else its type, since an address says nothing."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | dict):
+        return repr(value)
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}"
