@@ -20,6 +20,7 @@ from trainerkit.callbacks.parameter_stats import ParameterStats
 from trainerkit.callbacks.progressive_unfreezing import ProgressiveUnfreezing
 from trainerkit.callbacks.rank_consensus import RankConsensus, RanksDiffer
 from trainerkit.callbacks.save_predictions import SavePredictions
+from trainerkit.callbacks.step_hashes import StepHashes, StepsDiffer
 from trainerkit.callbacks.throughput import Throughput
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "RankConsensus",
     "RanksDiffer",
     "SavePredictions",
+    "StepHashes",
+    "StepsDiffer",
     "StopRequested",
     "Throughput",
     "load_best_weights",

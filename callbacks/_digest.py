@@ -20,7 +20,7 @@ def digest(tensor: Tensor) -> bytes:
     found = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     # NumPy has no bfloat16; every tensor has bytes.
     host = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-    found.update(memoryview(host.reshape(-1).view(torch.uint8).numpy()))
+    found.update(host.reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()
 
 

@@ -26,6 +26,7 @@ from trainerkit.callbacks import (
     RankConsensus,
     RanksDiffer,
     SavePredictions,
+    StepsDiffer,
     StopRequested,
 )
 from trainerkit.errors import UserError
@@ -256,7 +257,7 @@ def _advice(checkpoint: Path | None, cfg: DictConfig) -> Iterator[None]:
         if re.match(r"[\w.]+=", str(error)):
             raise UserError(str(error)) from error
         raise
-    except (MisconfigurationException, RanksDiffer) as error:
+    except (MisconfigurationException, RanksDiffer, StepsDiffer) as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
         if checkpoint is None or "Error(s) in loading" not in str(error):
