@@ -150,7 +150,7 @@ def compare_folders(one: Path, other: Path) -> tuple[int, list[str]]:
         if difference is not None:
             step, parts = difference
             found.append(describe(step, parts, f"{files[name]}:{a[step].line}", f"{others[name]}:{b[step].line}"))
-        steps += len(shared)
+        steps += sum(step > 0 for step in shared)
     return steps, found
 
 

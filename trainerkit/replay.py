@@ -82,16 +82,16 @@ class Again(StepHashes):
         return StepHashes.__qualname__
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Compare the weights before the first step, or find out that there is nothing to compare."""
+        """Where no step can be compared, do not train."""
         super().on_train_start(trainer, pl_module)
         if self._compare_until <= self._step:
-            raise UserError(f"{self.reference}: has no records after step {self._step}, from which this run begins.")
+            raise Replayed(0, [])
 
     def _reference(self) -> Path:
         return self.reference / self._path.name
 
     def _compared(self, trainer: Trainer, differences: list[str]) -> None:
-        self._steps += 1
+        self._steps += self._step > 0
         if differences or self._step >= self._compare_until:
             raise Replayed(self._steps, differences)
 
@@ -100,7 +100,7 @@ class Replayed(Exception):
     """The end of a run that was trained again.
 
     Attributes:
-        steps: how many records were compared.
+        steps: how many steps were compared.
         differences: sentences about the first difference, one for each rank that has one.
     """
 
@@ -145,7 +145,7 @@ def _config(folder: Path, from_start: bool, out_dir: str) -> DictConfig:
     records = _records_of(folder, str(loaded.callbacks[found[0]].dirname))
     checkpoint = None if from_start else _checkpoint(folder, records)
     cfg: DictConfig = OmegaConf.create(_moved(OmegaConf.to_container(loaded), str(loaded.out_dir), out_dir))
-    cfg.callbacks[found[0]] |= {"_target_": f"{Again.__module__}.{Again.__qualname__}", "reference": str(records)}
+    cfg.callbacks[found[0]].update({"_target_": f"{Again.__module__}.{Again.__qualname__}", "reference": str(records)})
     cfg.resume = None if checkpoint is None else str(checkpoint)
     return cfg
 
@@ -187,5 +187,7 @@ def _moved(node: Any, before: str, now: str) -> Any:
 
 
 def _report(steps: int, differences: Sequence[str]) -> int:
+    if not steps and not differences:
+        raise UserError("replay: there is no step of which there are two records.")
     print("\n".join(differences) if differences else f"{steps} steps equal")
     return 1 if differences else 0
