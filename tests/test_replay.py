@@ -195,9 +195,7 @@ def test_a_resume_that_is_not_the_recorded_run_ends_with_the_step_and_the_part(r
         main([*RUN, f"out_dir={run}", "task.network.dropout=0.3"])
     errors = capsys.readouterr().err
     assert stop.value.code == 2
-    assert (
-        "trainerkit: the resumed run is not the one that was recorded:\nrank 0, step 5: output.loss is " in errors
-    )
+    assert "trainerkit: the resumed run is not the one that was recorded:\nrank 0, step 5: output.loss is " in errors
     assert "Traceback" not in errors
 
 
