@@ -49,10 +49,13 @@ def replay(runs, monkeypatch, capfd):
 
     def run(*arguments):
         monkeypatch.chdir(runs)
-        with pytest.raises(SystemExit) as stop:
+        code = 0
+        try:
             main(["replay", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
         screen = capfd.readouterr()
-        return stop.value.code, screen.out, screen.err
+        return code, screen.out, screen.err
 
     return run
 

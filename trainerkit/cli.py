@@ -78,7 +78,9 @@ def _main(arguments: list[str]) -> None:
         from trainerkit.plugins import AllowList
         from trainerkit.replay import replay
 
-        sys.exit(replay(arguments[1:], AllowList(trusted)))
+        if replay(arguments[1:], AllowList(trusted)):
+            sys.exit(1)
+        return
     flags, overrides = _split(arguments)
     if not arguments:
         _print_tasks(config_dir)

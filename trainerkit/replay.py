@@ -24,7 +24,7 @@ from trainerkit.run import run
 _FROM_START = "--from-start"
 
 
-def replay(arguments: Sequence[str], allow: AllowList) -> int:
+def replay(arguments: Sequence[str], allow: AllowList) -> bool:
     """Compare two recorded runs, or train one again in a temporary folder and compare each step.
 
     Args:
@@ -32,7 +32,7 @@ def replay(arguments: Sequence[str], allow: AllowList) -> int:
         allow: decides which targets of the run's config may be built.
 
     Returns:
-        The exit code.
+        Whether anything differs.
 
     Raises:
         UserError: if it cannot be found out, and why.
@@ -110,13 +110,13 @@ class Replayed(Exception):
         self.differences = differences
 
 
-def _train_again(folder: Path, from_start: bool, allow: AllowList) -> int:
+def _train_again(folder: Path, from_start: bool, allow: AllowList) -> bool:
     if os.environ.get("LOCAL_RANK", "0") != "0" and CONFIG_VARIABLE in os.environ:
         # In a process that Lightning started for another device; the first one reports.
         cfg = OmegaConf.load(os.environ[CONFIG_VARIABLE])
         assert isinstance(cfg, DictConfig)
         _run(cfg, allow)
-        return 0
+        return False
     with tempfile.TemporaryDirectory(prefix="trainerkit-replay-") as out_dir:
         ended = _run(_config(folder, from_start, out_dir), allow)
     if ended is None:
@@ -186,8 +186,8 @@ def _moved(node: Any, before: str, now: str) -> Any:
     return node
 
 
-def _report(steps: int, differences: Sequence[str]) -> int:
+def _report(steps: int, differences: Sequence[str]) -> bool:
     if not steps and not differences:
         raise UserError("replay: there is no step of which there are two records.")
     print("\n".join(differences) if differences else f"{steps} steps equal")
-    return 1 if differences else 0
+    return bool(differences)
