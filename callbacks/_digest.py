@@ -2,6 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -34,7 +37,9 @@ def digest_of(value: Any) -> bytes:
 
 
 def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, lists and tuples as (dotted name, value); an empty nest is a leaf."""
+    """The leaves of nested mappings, lists, tuples and dataclasses as (dotted name, value); an empty nest is a leaf."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping) and value:
         for key, child in value.items():
             yield from flat(child, f"{name}.{key}")
@@ -47,8 +52,11 @@ def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def shown(value: Any) -> str:
     """A plain value as Python writes it; of anything else its type, since an address says nothing."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | dict):
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | list | tuple | dict | Enum):
         return repr(value)
-    if isinstance(value, torch.dtype | torch.device):
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if isinstance(value, torch.dtype | torch.device | PurePath):
         return str(value)
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    kind = value if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")) else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"

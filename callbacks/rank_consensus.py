@@ -13,12 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 import trainerkit
-from trainerkit.callbacks._digest import digest, flat, shown
+from trainerkit.callbacks._digest import digest_of, flat, shown
 from trainerkit.callbacks._parameters import as_patterns, matches, named_parameters, plain_name
 from trainerkit.callbacks._twin import of_every_rank
 
@@ -31,6 +32,7 @@ _SETTINGS = (
 _PACKAGES = ("trainerkit", "torch", "lightning", "pytorch-lightning", "numpy")
 _NOT_OURS = ("builtins", "abc", "typing", "torch", "lightning", "pytorch_lightning", "lightning_fabric")
 _SHOWN = 8  # keys in an error
+_WIDTH = 60  # letters of a long value
 
 
 class RanksDiffer(RuntimeError):
@@ -73,7 +75,7 @@ class RankConsensus(Callback):
         There is no hook at that moment: `on_fit_start` comes after DistributedDataParallel has copied rank 0's weights,
         or has waited for ever for a parameter that the others do not have.
         """
-        if stage != "fit" or trainer.world_size == 1:
+        if stage != "fit" or not _several(trainer):
             return
         strategy: Any = trainer.strategy
         original = strategy.setup
@@ -92,7 +94,7 @@ class RankConsensus(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the loaders: a rank with fewer batches would leave the others waiting at the epoch's end."""
-        if trainer.world_size > 1:
+        if _several(trainer):
             batches = {"batches.train": trainer.num_training_batches, "batches.val": list(trainer.num_val_batches)}
             self.compare(trainer, iter(batches.items()))
 
@@ -101,13 +103,13 @@ class RankConsensus(Callback):
 
         Args:
             trainer: knows the other ranks.
-            facts: pairs of name and value; a tensor is compared by its hash.
+            facts: pairs of name and value; a tensor or an array is compared by its hash.
 
         Raises:
             RanksDiffer: on every rank, if they differ.
         """
         own = {
-            name: digest(value).hex()[:16] if isinstance(value, Tensor) else shown(value)
+            name: digest_of(value).hex()[:16] if isinstance(value, Tensor | np.ndarray) else shown(value)
             for name, value in facts
             if not matches(name, self.ignore)
         }
@@ -122,6 +124,11 @@ class RankConsensus(Callback):
         if self._patched is not None:
             vars(self._patched).pop("setup", None)
             self._patched = None
+
+
+def _several(trainer: Trainer) -> bool:
+    """Whether there are other processes that torch.distributed knows (XLA has a way of its own)."""
+    return trainer.world_size > 1 and torch.distributed.is_initialized()
 
 
 def about_to_train(
@@ -162,7 +169,9 @@ def describe(ranks: Sequence[Mapping[str, str]]) -> str:
         values: dict[str | None, list[int]] = {}
         for rank, own in enumerate(ranks):
             values.setdefault(own.get(name), []).append(rank)
-        sides = [f"{'not there' if value is None else value} on {_ranks(who)}" for value, who in values.items()]
+        letters = zip(*(value for value in values if value is not None), strict=False)
+        start = next((place for place, side in enumerate(letters) if len(set(side)) > 1), 0)
+        sides = [f"{_around(start, value)} on {_ranks(who)}" for value, who in values.items()]
         lines.append(f"  {name}: {', '.join(sides)}")
     if len(differing) > _SHOWN:
         lines.append(f"  and {len(differing) - _SHOWN} more")
@@ -172,6 +181,16 @@ def describe(ranks: Sequence[Mapping[str, str]]) -> str:
         "Start every rank with the same command, code, packages and environment. What may differ on purpose: "
         f"RankConsensus(ignore=['{differing[0]}']).",
     ])  # fmt: skip
+
+
+def _around(start: int, value: str | None) -> str:
+    """A value, or of a long one what is around the place from which it differs."""
+    if value is None:
+        return "not there"
+    if len(value) <= 2 * _WIDTH:
+        return value
+    begin, end = max(0, start - _WIDTH // 2), start + _WIDTH
+    return f"{'…' if begin else ''}{value[begin:end]}{'…' if end < len(value) else ''}"
 
 
 def _ranks(who: Sequence[int]) -> str:

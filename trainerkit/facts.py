@@ -68,7 +68,8 @@ def leading_children(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
         yield
         for process in launcher.procs:
             process.wait()
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     finally:
         Path(name).unlink(missing_ok=True)
         for variable, value in before.items():

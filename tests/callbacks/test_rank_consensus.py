@@ -2,6 +2,8 @@ import contextlib
 import io
 import random
 import re
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,6 +141,11 @@ def test_more_keys_than_fit_a_screen_are_counted():
     assert len(text.splitlines()) == 11
 
 
+def test_of_a_long_value_the_place_where_it_differs_is_shown():
+    text = describe([{"k": "a" * 500 + letter + "c" * 500} for letter in "xy"])
+    assert "  k: …" + "a" * 30 + "x" + "c" * 59 + "… on rank 0, …" + "a" * 30 + "y" in text
+
+
 def test_loaders_of_other_lengths_are_found_before_the_first_batch(tmp_path):
     class Uneven(LightningDataModule):
         def train_dataloader(self):
@@ -231,6 +238,9 @@ def test_keys_of_values_that_have_no_plain_form_do_not_hold_addresses(tmp_path):
     code = [key for key in found if key.startswith("code.")]
     assert code == ["code.trainerkit", f"code.{__name__}", "code.tests.support"]
     assert shown(found["config.thing"]) == "builtins.object"
+    values = [Path("a/b"), torch.float16, np.float32(0.5), ToyModule, state, partial(state)]
+    names = ["a/b", "torch.float16", "0.5", "tests.support.ToyModule", f"{__name__}.state", "functools.partial"]
+    assert [shown(value) for value in values] == names
 
 
 def test_an_empty_pattern_is_refused():
@@ -244,7 +254,7 @@ TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.m
 def test_a_sweep_over_two_processes_trains_one_config_in_both_and_job_after_job(tmp_path):
     """Of a time that each process would resolve anew; RankConsensus compares the whole config of both."""
     np.save(tmp_path / "spectra.npy", smooth_spectra())
-    swept = ["-m", "seed=0,1", "+moment=${now:%H-%M-%S-%f}", "out_dir=sweep"]
+    swept = ["-m", "seed=0,1", "+moment=${now:%H-%M-%S-%f}", "out_dir=sweep", "callbacks.reconstruction_report=null"]
     answer = trainerkit(*SMALL_MAE, "data.path=spectra.npy", *TWO, *swept, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.count("Trained for 1 epochs") == 2

@@ -4,7 +4,7 @@ import os
 import random
 import re
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.support import ToyModule, toy_trainer, two_processes
 from trainerkit.callbacks import EMA, ExactResume, StepHashes, StepsDiffer
-from trainerkit.callbacks._digest import digest
+from trainerkit.callbacks._digest import digest, digest_of, flat
 from trainerkit.callbacks._step_records import compare_folders, first_difference, make_record, read_records
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
 
@@ -149,6 +149,23 @@ def test_a_digest_tells_dtypes_and_shapes_apart_and_not_layouts():
     assert (
         digest(tensor.T.contiguous().T) == digest(tensor.to_sparse()) == digest(nn.Parameter(tensor)) == digest(tensor)
     )
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+    meta: dict
+
+
+def test_batches_of_many_kinds_are_seen_whole():
+    def batch(value=1.0, row=0, word="a", number=3):
+        return [Batch(torch.tensor([value]), {"row": np.array([row]), "word": word}), (np.int64(number), {})]
+
+    one = {name: digest_of(value) for name, value in flat(batch(), "batch")}
+    assert list(one) == ["batch.0.x", "batch.0.meta.row", "batch.0.meta.word", "batch.1.0", "batch.1.1"]
+    for name, change in zip(one, [{"value": 2.0}, {"row": 1}, {"word": "b"}, {"number": 4}], strict=False):
+        other = {name: digest_of(value) for name, value in flat(batch(**change), "batch")}
+        assert [key for key in one if one[key] != other[key]] == [name]
 
 
 def test_a_resumed_run_makes_the_same_steps_again_and_goes_on_with_the_same_chain(tmp_path):
