@@ -242,5 +242,6 @@ def _state(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, 
     for number, optimizer in enumerate(trainer.optimizers):
         for position, (held, state) in enumerate(optimizer.state.items()):
             name = names.get(id(held), f"parameter {position}")
-            for key, value in state.items():
-                yield f"optimizer {number} {key} of {name}", value
+            for key, values in state.items():
+                for leaf, value in flat(values, key):
+                    yield f"optimizer {number} {leaf} of {name}", value

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,7 @@ WRONG = [
     (["none"], "none: has no config.yaml, so it cannot be trained again; name two runs to compare them."),
     (["a", "none"], "none: has no records of steps; train with callbacks=[default,step_hashes] to have them."),
     (["plain"], "plain: was trained without step_hashes; train it with callbacks=[default,step_hashes]."),
+    (["broken"], "broken/step_hashes/rank0.jsonl: line 1 is no record of StepHashes"),
     (["a", "broken"], "broken/step_hashes/rank0.jsonl: line 1 is no record of StepHashes"),
 ]
 
@@ -142,6 +144,7 @@ def test_what_cannot_be_found_out_is_exit_code_2_and_a_sentence(replay, runs, ar
     (runs / "plain" / "config.yaml").write_text("callbacks: {ema: null}\nout_dir: plain\n")
     (runs / "broken" / "step_hashes").mkdir(exist_ok=True, parents=True)
     (runs / "broken" / "step_hashes" / "rank0.jsonl").write_text("no\n")
+    shutil.copy(runs / "a" / "config.yaml", runs / "broken")
     code, _, errors = replay(*arguments)
     assert code == 2
     assert message in errors
@@ -176,9 +179,11 @@ def test_a_killed_run_that_records_goes_on_and_equals_the_uninterrupted_one(runs
     last, records = runs / "cut" / "checkpoints" / "last.ckpt", runs / "cut" / "step_hashes" / "rank0.jsonl"
     while not last.exists():
         assert process.is_alive()
+        time.sleep(0.002)
     size = records.stat().st_size
     while records.stat().st_size == size:  # a step after it
         assert process.is_alive()
+        time.sleep(0.002)
     process.kill()
     process.join()
     made = max(read_records(records))

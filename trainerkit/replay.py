@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -146,7 +147,8 @@ def _config(folder: Path, from_start: bool, out_dir: str) -> DictConfig:
     checkpoint = None if from_start else _checkpoint(folder, records)
     cfg: DictConfig = OmegaConf.create(_moved(OmegaConf.to_container(loaded), str(loaded.out_dir), out_dir))
     cfg.callbacks[found[0]].update({"_target_": f"{Again.__module__}.{Again.__qualname__}", "reference": str(records)})
-    cfg.resume = None if checkpoint is None else str(checkpoint)
+    start = None if loaded.resume == "auto" else loaded.resume
+    cfg.resume = start if checkpoint is None else str(checkpoint)
     return cfg
 
 
@@ -160,7 +162,10 @@ def _records_of(folder: Path, dirname: str = "step_hashes") -> Path:
 
 def _checkpoint(folder: Path, records: Path) -> Path | None:
     """The oldest checkpoint after which there are records, or None."""
-    last = max(read_records(rank_files(records)["rank0.jsonl"]), default=0)
+    try:
+        last = max((step for file in rank_files(records).values() for step in read_records(file)), default=0)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     steps = {path: _step_of(path) for path in sorted((folder / "checkpoints").glob("[!.]*.ckpt")) if path.is_file()}
     usable = {path: step for path, step in steps.items() if step is not None and step < last}
     return min(usable, key=lambda path: usable[path], default=None)
@@ -171,7 +176,7 @@ def _step_of(path: Path) -> int | None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(content["callbacks"][StepHashes.__qualname__]["ranks"][0]["step"])
-    except (OSError, RuntimeError, KeyError, IndexError, ValueError, EOFError):
+    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, TypeError, ValueError):
         return None
 
 
