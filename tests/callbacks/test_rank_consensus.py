@@ -18,6 +18,7 @@ from trainerkit.callbacks import EMA, RankConsensus
 from trainerkit.callbacks._digest import shown
 from trainerkit.callbacks.rank_consensus import about_to_train, describe
 from trainerkit.cli import main
+from trainerkit.testing.bench import Bench, module_class
 
 
 class Module(ToyModule):
@@ -185,6 +186,20 @@ def test_equal_ranks_train_as_without_it_and_draw_the_same_random_numbers(tmp_pa
     without = two_processes(lambda rank: train(rank, []), tmp_path / "b")
     assert with_it == without
     assert with_it[0]["result"][1] is False  # nothing is left on the strategy
+
+
+def test_under_the_other_namespace_too(tmp_path):
+    bench = Bench([], tmp_path)
+
+    def train(rank, **options):
+        trainer = bench.trainer([RankConsensus()], "pytorch_lightning", devices=2, strategy="ddp", **options)
+        trainer.fit(module_class("pytorch_lightning")())
+        return trainer.global_step
+
+    assert two_processes(lambda rank: train(rank, max_epochs=1), tmp_path) == [{"result": 4}] * 2
+    outcomes = two_processes(lambda rank: train(rank, max_epochs=1 + rank), tmp_path)
+    assert outcomes[0] == outcomes[1]
+    assert "trainer.max_epochs: 1 on rank 0, 2 on rank 1" in outcomes[0]["error"]
 
 
 class Sharded(ToyModule):
