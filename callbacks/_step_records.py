@@ -8,7 +8,7 @@ the chain so far and `content`, so that two equal chains are two equal histories
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,13 +139,12 @@ def compare_folders(one: Path, other: Path) -> tuple[int, list[str]]:
         raise ValueError(f"folder={other}: must have record files of the ranks in {one}: {', '.join(files) or 'none'}")
     steps, found = 0, []
     if set(files) != set(others):
-        found.append(f"the runs have other ranks: {_listed(files)} in {one}, {_listed(others)} in {other}")
+        found.append(f"the runs have other ranks: {', '.join(files)} in {one}, {', '.join(others)} in {other}")
     for name in [name for name in files if name in others]:
         a, b = read_records(files[name]), read_records(others[name])
         shared = [step for step in a if step in b]
         if not shared:
             raise ValueError(f"folder={other}: must have records of the steps in {files[name]}; {name} shares none")
-        # Equal chains are equal histories; where they part, the first record that differs is looked for.
         difference = next(((step, d) for step in shared if (d := first_difference(a[step], b[step]))), None)
         if difference is not None:
             step, parts = difference
@@ -167,10 +166,6 @@ def describe(step: int, difference: Difference, one: str, other: str) -> str:
     when = "before the first step" if step == 0 else f"step {step}"
     more = f"; {count - 1} more parts of this step differ" if count > 1 else ""
     return f"{when}: {name} is {a} in {one}, {b} in {other}{more}"
-
-
-def _listed(names: Sequence[str] | Mapping[str, object]) -> str:
-    return ", ".join(names)
 
 
 def _line(content: Mapping[str, object]) -> str:
