@@ -19,7 +19,9 @@ from trainerkit.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
 from trainerkit.callbacks.parameter_norm_clip import ParameterNormClip
 from trainerkit.callbacks.parameter_stats import ParameterStats
 from trainerkit.callbacks.progressive_unfreezing import ProgressiveUnfreezing
+from trainerkit.callbacks.rank_consensus import RankConsensus, RanksDiffer
 from trainerkit.callbacks.save_predictions import SavePredictions
+from trainerkit.callbacks.step_hashes import StepHashes, StepsDiffer
 from trainerkit.callbacks.throughput import Throughput
 
 __all__ = [
@@ -41,7 +43,11 @@ __all__ = [
     "ParameterNormClip",
     "ParameterStats",
     "ProgressiveUnfreezing",
+    "RankConsensus",
+    "RanksDiffer",
     "SavePredictions",
+    "StepHashes",
+    "StepsDiffer",
     "StopRequested",
     "Throughput",
     "load_best_weights",

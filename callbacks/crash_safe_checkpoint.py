@@ -96,7 +96,8 @@ class CrashSafeCheckpoint(Checkpoint):
         self._folder = CheckpointFolder(dirname)
         self._missing = False  # whether the monitor has not been logged so far
         self._is_best = False  # whether the validation at this epoch's end was the best
-        self._saved_step, self._saved_time = 0, 0.0
+        self._saved_step: int | None = None  # of this run's last checkpoint, or before its first step
+        self._saved_time = 0.0
         self._copy, self._behind = HostCopy(), Behind()
         self._signals = StopSignals()
 
@@ -144,7 +145,8 @@ class CrashSafeCheckpoint(Checkpoint):
         if not self.best_model_path:
             self.best_model_score = math.inf if self.mode == "min" else -math.inf
         self._is_best = False
-        self._saved_step, self._saved_time = step_number(trainer) - 1, time.monotonic()
+        # What Lightning counts is one step short here where it resumes within an epoch: the first batch knows.
+        self._saved_step, self._saved_time = None, time.monotonic()
         if trainer.is_global_zero:
             self._folder.clear()
         if self.stop_on_signal:
@@ -216,6 +218,8 @@ class CrashSafeCheckpoint(Checkpoint):
         """
         asks = now or trainer.world_size == 1 or step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
         stops = asks and self._any_rank(trainer, self._signals.received is not None)
+        if self._saved_step is None:
+            self._saved_step = step - 1
         if not (best or wanted or stops):
             every, minutes = self.save_every, self.save_every_minutes
             wanted = every is not None and step // every > self._saved_step // every

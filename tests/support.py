@@ -1,8 +1,12 @@
 """What tests are made of: small data, small models, quiet trainers, the command line in a real process."""
 
+import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +105,41 @@ def trainerkit(*arguments: str, cwd: Path, timeout: float = 180, env: dict[str, 
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | (env or {}),
         check=False,
     )
+
+
+def two_processes(work: Callable[[int], object], folder: Path) -> list[dict]:
+    """What `work(rank)` gave or raised ("error", with its class) in two forked processes that Lightning takes for ranks.
+
+    `work` makes a Trainer with `devices=2, strategy="ddp"`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+
+    def run(rank: int) -> None:
+        ranks = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(ranks)
+        try:
+            outcome = {"result": work(rank)}
+        except BaseException as error:
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        (folder / f"outcome{rank}.json").write_text(json.dumps(outcome))
+        os._exit(0)  # without pytest's own end
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    outcomes = []
+    for rank, process in enumerate(processes):
+        process.join(300)  # two ranks that wait for each other for ever
+        process.kill()
+        process.join()
+        file = folder / f"outcome{rank}.json"
+        outcomes.append(json.loads(file.read_text()) if file.exists() else {"error": "it neither ended nor raised"})
+        file.unlink(missing_ok=True)
+    return outcomes
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

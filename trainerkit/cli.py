@@ -39,7 +39,9 @@ Flags    -m, --multirun    every combination of comma-separated values
          --config-dir DIR  a folder of your own groups (DIR/task/mine.yaml is task=mine)
          --help            this text
          --version
-Trust    allow=PACKAGE     let configs build classes of another package"""
+Trust    allow=PACKAGE     let configs build classes of another package
+Replay   replay RUN OTHER  the first step in which two runs with callbacks=[default,step_hashes] differ
+         replay RUN        train such a run again in a temporary folder, and the same"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,6 +74,13 @@ def _main(arguments: list[str]) -> None:
         # Processes that are started for other devices trust the same.
         before = os.environ.get("TRAINERKIT_ALLOW", "")
         os.environ["TRAINERKIT_ALLOW"] = ",".join(filter(None, [before, *trusted]))
+    if arguments[:1] == ["replay"]:
+        from trainerkit.plugins import AllowList
+        from trainerkit.replay import replay
+
+        if replay(arguments[1:], AllowList(trusted)):
+            sys.exit(1)
+        return
     flags, overrides = _split(arguments)
     if not arguments:
         _print_tasks(config_dir)

@@ -1,23 +1,25 @@
 """What a run leaves beside its results: the config as it was, the overrides, the environment."""
 
-import atexit
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 
 from trainerkit.files import replacing, write_json
 
 CONFIG_VARIABLE = "TRAINERKIT_RESOLVED_CONFIG"
+_LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class WriteFacts(Callback):
@@ -45,16 +47,35 @@ class WriteFacts(Callback):
         write_json(folder / "environment.json", environment())
 
 
-def pass_to_children(cfg: DictConfig) -> None:
-    """Leave the resolved config where processes that Lightning starts for other devices find it.
+@contextmanager
+def leading_children(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
+    """Run with the processes that Lightning starts for other devices, and afterwards be as before.
 
-    They run the same command line, and would resolve a timestamp, or a whole sweep, anew.
+    They run the same command line, and would resolve a timestamp, or a whole sweep, anew: the resolved config is left
+    where they find it. A process that has led others once would take itself for one of them in the next job of a sweep,
+    and wait in the old process group, which is why both are undone.
     """
+    launcher = trainer.strategy.launcher
+    if trainer.world_size == 1 or "LOCAL_RANK" in os.environ or not isinstance(launcher, _SubprocessScriptLauncher):
+        yield
+        return
+    before = {name: os.environ.get(name) for name in (*_LAUNCH_VARIABLES, CONFIG_VARIABLE)}
     handle, name = tempfile.mkstemp(prefix="trainerkit-", suffix=".yaml")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(OmegaConf.to_yaml(cfg))
-    os.environ[CONFIG_VARIABLE] = name
-    atexit.register(Path(name).unlink, missing_ok=True)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(OmegaConf.to_yaml(cfg))
+        os.environ[CONFIG_VARIABLE] = name
+        yield
+        for process in launcher.procs:
+            process.wait()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    finally:
+        Path(name).unlink(missing_ok=True)
+        for variable, value in before.items():
+            os.environ.pop(variable, None)
+            if value is not None:
+                os.environ[variable] = value
 
 
 def differences(checkpoint: str, cfg: DictConfig, part: str) -> list[str]:

@@ -24,12 +24,15 @@ from trainerkit.callbacks import (
     CrashSafeCheckpoint,
     EarlyStopping,
     History,
+    RankConsensus,
+    RanksDiffer,
     SavePredictions,
+    StepsDiffer,
     StopRequested,
 )
 from trainerkit.callbacks._checkpoint_files import CheckpointFolder, checkpoint_folder, fault_of
 from trainerkit.errors import UserError
-from trainerkit.facts import WriteFacts, differences, pass_to_children
+from trainerkit.facts import WriteFacts, differences, leading_children
 from trainerkit.files import write_json
 from trainerkit.plugins import AllowList
 from trainerkit.trainer import Trainer
@@ -73,10 +76,8 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
 
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, task, trainer = _build_all(cfg, overrides, out_dir, allow)
-    if trainer.world_size > 1:
-        pass_to_children(cfg)
     _print_start(cfg, out_dir, checkpoint, trainer)
-    with _advice(checkpoint, cfg):
+    with leading_children(cfg, trainer), _advice(checkpoint, cfg):
         if cfg.stage == "fit":
             return _fit(cfg, [*again, *overrides], out_dir, trainer, task, data, checkpoint)
         return _evaluate(str(cfg.stage), trainer, task, data, checkpoint)
@@ -108,6 +109,9 @@ def _build_all(
         parts["scheduler"] = build(cfg.scheduler, "scheduler", allow)
     task = build(cfg.task, "task", allow, **parts)
     callbacks: list[Callback] = _build_group(cfg, "callbacks", allow)
+    for callback in callbacks:
+        if isinstance(callback, RankConsensus) and callback.facts is None:
+            callback.facts = _plain(cfg)
     if cfg.stage == "fit":
         callbacks.append(WriteFacts(cfg, overrides))
     options: dict[str, Any] = {"callbacks": callbacks, "default_root_dir": str(out_dir)}
@@ -131,6 +135,12 @@ def _build_group(cfg: DictConfig, group: str, allow: AllowList) -> list[Any]:
             raise UserError(f"{group}.{name}={node}: must be null to remove it, or keys with a _target_.")
         built.append(build(node, f"{group}.{name}", allow))
     return built
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(cfg)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def _ask(data: Any, name: str) -> Any:
@@ -270,9 +280,7 @@ def _advice(checkpoint: str | None, cfg: DictConfig) -> Iterator[None]:
         if re.match(r"[\w.]+=", str(error)):
             raise UserError(str(error)) from error
         raise
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-    except MisconfigurationException as error:
+    except (CheckpointError, MisconfigurationException, RanksDiffer, StepsDiffer) as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
         if checkpoint is None or "Error(s) in loading" not in str(error):

@@ -35,6 +35,7 @@ IDLE = {
 }
 # What a callback cannot keep, and why.
 SKIP = {
+    "step_hashes": {"no waiting for the device": "every tensor is copied to the host, where it is hashed"},
     "gradient_accumulation": {
         "manual optimization": "a module that optimizes by hand accumulates by hand; refused in setup",
         "accumulated batches": "it sets the Trainer's accumulate_grad_batches itself and refuses another",
