@@ -1,114 +1,307 @@
+import importlib
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 from tests.support import ToyModule, toy_trainer
-from trainerkit.callbacks import EMA, CrashSafeCheckpoint, ExactResume, History
+from trainerkit.callbacks import ExactResume
 from trainerkit.callbacks.exact_resume import random_state, set_random_state
-from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
+from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches, SeededSamples
+
+ROWS, BATCH = 20, 4
 
 
-class Noisy(ToyModule):
-    """Draws from all three generators in every step."""
+# Data that draw
+
+
+class Noisy(Dataset):
+    """Map-style; each sample draws from all three global generators."""
+
+    def __init__(self, rows=ROWS):
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(rows, 4, generator=generator)
+        self.reads = []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        self.reads.append(int(index))
+        noise = 0.1 * torch.randn(4) + 0.1 * random.random() + 0.1 * float(np.random.rand())
+        return self.x[index] + noise, self.x[index].sum()
+
+
+class WithGenerators(Noisy):
+    """Draws from generators of its own, which go on from epoch to epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = [np.random.default_rng(3), random.Random(4), np.random.RandomState(5)]
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + 0.1 * (self.own[0].random() + self.own[1].random() + self.own[2].random()), y
+
+
+class Buffered(IterableDataset):
+    """Shuffles in a buffer of four, from the global generators; each worker reads its share."""
+
+    def __init__(self):
+        self.data = Noisy()
+
+    def __iter__(self):
+        info = get_worker_info()
+        rows = range(ROWS) if info is None else range(info.id, ROWS, info.num_workers)
+        buffer = []
+        for row in rows:
+            buffer.append(row)
+            if len(buffer) == 4:
+                yield self.data[buffer.pop(random.randrange(4))]
+        while buffer:
+            yield self.data[buffer.pop(int(torch.randint(len(buffer), ())))]
+
+
+class BufferedWithLength(Buffered):
+    def __len__(self):
+        return ROWS
+
+
+class Lazy(Sampler):
+    """Draws each index when it is asked for it."""
+
+    def __iter__(self):
+        for _ in range(ROWS):
+            yield random.randrange(ROWS)
+
+    def __len__(self):
+        return ROWS
+
+
+class OwnLoader:
+    """Neither a DataLoader nor does it know its position."""
+
+    def __len__(self):
+        return ROWS // BATCH
+
+    def __iter__(self):
+        data = Noisy()
+        for _ in range(len(self)):
+            samples = [data[int(row)] for row in torch.randint(ROWS, (BATCH,))]
+            yield tuple(torch.stack(part) for part in zip(*samples, strict=True))
+
+
+def loader(dataset=None, **options):
+    return DataLoader(Noisy() if dataset is None else dataset, **{"batch_size": BATCH} | options)
+
+
+def drawn(seed=2):
+    return torch.Generator().manual_seed(seed)
+
+
+def several(mode):
+    return CombinedLoader({"a": loader(shuffle=True), "b": loader(Noisy(8), shuffle=True)}, mode)
+
+
+def batch_loader(**options):
+    data = Noisy().x
+    return BatchLoader(
+        ArrayDataset({"x": data, "y": data.sum(1)}), EpochBatches(ROWS, BATCH, shuffle=True, seed=1), **options
+    )
+
+
+def stateful(dataset=None, **options):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+    return loaders.StatefulDataLoader(Noisy() if dataset is None else dataset, batch_size=BATCH, **options)
+
+
+IN_PROCESS = {
+    "in order": lambda: loader(),
+    "shuffled": lambda: loader(shuffle=True),
+    "own generator": lambda: loader(shuffle=True, generator=drawn()),
+    "sampler's generator": lambda: loader(sampler=RandomSampler(range(ROWS), True, 30, generator=drawn())),
+    "weighted": lambda: loader(sampler=WeightedRandomSampler([1.0, 3.0] * 10, ROWS)),
+    "batch sampler": lambda: loader(
+        batch_size=1, batch_sampler=BatchSampler(RandomSampler(range(ROWS)), BATCH, drop_last=False)
+    ),
+    "lazy sampler": lambda: loader(sampler=Lazy()),
+    "data's generators": lambda: loader(WithGenerators(), shuffle=True),
+    "by index": lambda: loader(SeededSamples(Noisy(), seed=3), shuffle=True),
+    "iterable": lambda: loader(Buffered()),
+    "iterable with length": lambda: loader(BufferedWithLength()),
+    "dict": lambda: {"a": loader(shuffle=True), "b": loader(Noisy(8), shuffle=True)},
+    "iterable and map-style": lambda: [loader(Buffered()), loader(shuffle=True)],
+    "min_size": lambda: several("min_size"),
+    "max_size": lambda: several("max_size"),
+    "knows and knows not": lambda: [batch_loader(), loader(Noisy(8), shuffle=True)],
+    "BatchLoader": batch_loader,
+    "StatefulDataLoader": lambda: stateful(shuffle=True),
+    "StatefulDataLoader, iterable": lambda: stateful(CountsItself()),
+    "a class": OwnLoader,
+    "a list": lambda: list(loader()),
+}
+
+
+class CountsItself(IterableDataset):
+    """Knows its position, as StatefulDataLoader wants it; no length."""
+
+    def __init__(self):
+        self.data, self.at, self.begin = Noisy(), 0, 0
+
+    def __iter__(self):
+        begin, self.begin = self.begin, 0
+        for self.at in range(begin, ROWS):
+            yield self.data[self.at]
+
+    def state_dict(self):
+        return {"next": self.at + 1}
+
+    def load_state_dict(self, state):
+        self.begin = state["next"] % ROWS
+
+
+WORKERS = {
+    "shuffled": lambda: loader(shuffle=True, num_workers=2),
+    "persistent": lambda: loader(shuffle=True, num_workers=2, persistent_workers=True),
+    "by index, persistent": lambda: loader(
+        SeededSamples(Noisy(), seed=3), shuffle=True, num_workers=2, persistent_workers=True
+    ),
+    "iterable": lambda: loader(Buffered(), num_workers=2),
+    "iterable with length, persistent": lambda: loader(BufferedWithLength(), num_workers=2, persistent_workers=True),
+    "lazy sampler": lambda: loader(sampler=Lazy(), num_workers=2),
+    "BatchLoader": lambda: batch_loader(num_workers=2),
+}
+
+
+# Runs
+
+
+class Dropping(ToyModule):
+    """Draws from all three generators in every step, of whatever the loaders give."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+        self.fixed = None
+
+    def on_train_start(self):
+        self.fixed = torch.rand(4)  # as generative models do it for their pictures
+
+    def on_train_epoch_start(self):
+        self.shift = 0.01 * torch.rand(())
 
     def training_step(self, batch, batch_idx):
-        x = batch["x"] * (torch.rand_like(batch["x"]) < 0.8)
-        noise = random.random() + float(np.random.rand())
-        return super().training_step((x, batch["y"] + 0.1 * noise), batch_idx)
+        x, y = together(batch)
+        self.batches.append((self.trainer.current_epoch, batch_idx, x.clone()))
+        x = x * (torch.rand_like(x) < 0.8) + 0.1 * random.random()
+        return self.loss((x, y + 0.1 * float(np.random.rand())))
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["shift"] = self.shift
+
+    def on_load_checkpoint(self, checkpoint):
+        self.shift = checkpoint["shift"]
 
     def validation_step(self, batch, batch_idx):
-        super().validation_step((batch["x"], batch["y"]), batch_idx)
+        x, y = batch
+        self.seen.append(self.layer.weight.detach().clone())
+        self.log("val/loss", self.loss((x + 0.1 * torch.rand_like(x), y)))
 
 
-class Scheduled(Noisy):
+class Scheduled(Dropping):
     """Asks for the length of the run, which sets the loaders up before the checkpoint's loops are restored."""
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
+        total = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total if total < float("inf") else 10)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def loaders(num_workers=0):
-    generator = torch.Generator().manual_seed(2)
-    data = ArrayDataset({"x": torch.randn(40, 4, generator=generator), "y": torch.randn(40, generator=generator)})
-    train = BatchLoader(data, EpochBatches(40, 8, shuffle=True, seed=1), num_workers=num_workers)
-    return train, BatchLoader(data, EpochBatches(40, 16, shuffle=False))
+def together(batch):
+    """x (B, 4) and y (B,) of a batch of one loader or of several."""
+    if isinstance(batch, dict) and "x" in batch:
+        return batch["x"], batch["y"]
+    parts = list(batch.values()) if isinstance(batch, dict) else list(batch)
+    if all(isinstance(part, torch.Tensor) for part in parts):
+        return parts[0], parts[1]
+    pairs = [together(part) for part in parts if part is not None]
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-class Killed(CrashSafeCheckpoint):
-    """Saves after a given step and fails, as a killed process would leave it."""
+class Saving(Checkpoint):
+    """Saves after every batch but the last, whose validation has to be in the checkpoint, and at each epoch's end."""
 
-    state_key = "CrashSafeCheckpoint"
+    def __init__(self, folder, every=1):
+        self.folder = folder
+        self.paths = []
 
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
+    def on_train_batch_end(self, trainer, *_):
+        if not trainer.is_last_batch:
+            self._save(trainer)
 
-    def on_train_batch_end(self, trainer, *arguments):
-        super().on_train_batch_end(trainer, *arguments)
-        if trainer.global_step == self.step:
-            self._save(trainer, "last.ckpt")
-            raise RuntimeError("killed")
+    def on_train_epoch_end(self, trainer, _):
+        self._save(trainer)
+
+    def _save(self, trainer):
+        self.paths.append(self.folder / f"{trainer.current_epoch}-{trainer.fit_loop.batch_idx}.ckpt")
+        trainer.save_checkpoint(self.paths[-1])
 
 
-def fit(folder, checkpoint, ckpt_path=None, accumulate=1, workers=0, kind=Noisy):
+def fit(folder, make, kind=Dropping, resume=None, seed=7, callback=ExactResume, trainer=toy_trainer, **options):
+    saving = Saving(folder)
+    made = trainer(folder, [*([callback()] if callback else []), saving], **{"max_epochs": 3} | options)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
     module = kind()
-    callbacks = [EMA(decay=0.9), ExactResume(), History(), checkpoint]
-    trainer = toy_trainer(folder, callbacks, max_epochs=3, accumulate_grad_batches=accumulate)
-    torch.manual_seed(7)
-    random.seed(7)
-    np.random.seed(7)
-    train, val = loaders(workers)
-    trainer.fit(module, train, val, ckpt_path=ckpt_path)
-    return module, trainer
+    val = DataLoader(TensorDataset(torch.ones(4, 4), torch.zeros(4)), batch_size=2)
+    given = make()
+    made.fit(module, given, val, ckpt_path=resume)
+    return module, made, saving.paths
 
 
-@pytest.mark.parametrize("kind", [Noisy, Scheduled])
-@pytest.mark.parametrize("step", range(1, 15))
-def test_resuming_after_any_step_equals_the_uninterrupted_run(tmp_path, step, kind):
-    torch.manual_seed(0)
-    whole, trainer = fit(tmp_path / "whole", CrashSafeCheckpoint(), kind=kind)
-    torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match="killed"):
-        fit(tmp_path / "cut", Killed(step), kind=kind)
-    torch.manual_seed(123)  # other initial weights: all must come from the checkpoint
-    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
-    resumed, again = fit(tmp_path / "cut", CrashSafeCheckpoint(), last, kind=kind)
-    assert torch.equal(resumed.layer.weight, whole.layer.weight)
-    assert torch.equal(resumed.seen[-1], whole.seen[-1])
-    assert again.global_step == trainer.global_step == 15
-    assert again.callback_metrics["val/loss"] == trainer.callback_metrics["val/loss"]
+def assert_same(whole, resumed):
+    (one, trainer, _), (other, again, _) = whole, resumed
+    rest = one.batches[-len(other.batches) :] if other.batches else []
+    assert [place[:2] for place in rest] == [place[:2] for place in other.batches]
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(rest, other.batches, strict=True)), "other batches"
+    assert torch.equal(one.layer.weight, other.layer.weight)
+    for a, b in zip(trainer.optimizers, again.optimizers, strict=True):
+        momenta = [[s["momentum_buffer"] for s in o.state_dict()["state"].values()] for o in (a, b)]
+        assert all(torch.equal(m, n) for m, n in zip(*momenta, strict=True))
+    assert again.global_step == trainer.global_step
+    if other.seen:
+        assert again.callback_metrics["val/loss"] == trainer.callback_metrics["val/loss"]
 
 
-@pytest.mark.parametrize("step", [2, 5])
-def test_resuming_is_exact_with_workers_too(tmp_path, step):
-    torch.manual_seed(0)
-    whole, _ = fit(tmp_path / "whole", CrashSafeCheckpoint())
-    torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match="killed"):
-        fit(tmp_path / "cut", Killed(step), workers=2)
-    resumed, _ = fit(tmp_path / "cut", CrashSafeCheckpoint(), tmp_path / "cut" / "checkpoints" / "last.ckpt", workers=2)
-    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+def resumes_exactly(tmp_path, make, choose=lambda paths: paths, **options):
+    whole = fit(tmp_path / "whole", make, **options)
+    paths = choose(whole[2][:-1])
+    assert paths
+    for path in paths:
+        resumed = fit(tmp_path / "resumed", make, resume=path, seed=99, **options)
+        begun = len(whole[0].batches) - len(resumed[0].batches)
+        assert begun == whole[2].index(path) + 1, path.name
+        assert_same(whole, resumed)
 
 
-def test_without_it_the_result_is_another(tmp_path, monkeypatch):
-    """The tests above can fail."""
-    monkeypatch.setattr(ExactResume, "on_train_batch_start", lambda *_: None)
-    torch.manual_seed(0)
-    whole, _ = fit(tmp_path / "whole", CrashSafeCheckpoint())
-    torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match="killed"):
-        fit(tmp_path / "cut", Killed(4))
-    torch.manual_seed(123)
-    resumed, _ = fit(tmp_path / "cut", CrashSafeCheckpoint(), tmp_path / "cut" / "checkpoints" / "last.ckpt")
-    assert not torch.equal(resumed.layer.weight, whole.layer.weight)
-
-
-def test_the_state_of_all_generators_comes_back_through_a_safe_file(tmp_path):
-    torch.save(random_state(), tmp_path / "state")
-    first = (random.random(), random.gauss(0, 1), np.random.rand(), torch.rand(1).item())
-    set_random_state(torch.load(tmp_path / "state", weights_only=True))
-    assert (random.random(), random.gauss(0, 1), np.random.rand(), torch.rand(1).item()) == first
+@pytest.mark.filterwarnings("ignore:ExactResume")
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_resuming_after_any_batch_equals_the_uninterrupted_run(tmp_path, name):
+    resumes_exactly(tmp_path, IN_PROCESS[name])

@@ -48,6 +48,11 @@ class ArrayDataset(Dataset[Batch]):
         if len(self.rows) == 0:
             raise ValueError("rows=0: a data set needs at least one row")
 
+    @property
+    def seeded_by_index(self) -> bool:
+        """Whether a row is the same whenever it is read; ExactResume asks."""
+        return self.transform is None
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -172,6 +177,7 @@ class BatchLoader:
         self.dataset = dataset
         self.sampler = batches  # by this name Lightning finds it, to set the epoch
         self.batch_sampler = None  # Lightning looks there as well
+        self.num_workers = num_workers
         self._given = 0
         self._loader: Iterable[Batch] = _Here(dataset, batches)
         if num_workers > 0:
