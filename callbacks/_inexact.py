@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from trainerkit.callbacks._loader_position import Replay, is_seeded, iterates_its_own_way, knows_position
 from trainerkit.callbacks._trainer import is_sharded
@@ -50,7 +50,7 @@ def _of_a_known_position(loader: Any, replay: Replay) -> list[str]:
 
 
 def _of_a_loader(loader: Any) -> list[str]:
-    if isinstance(loader, (list, tuple, range)):
+    if isinstance(loader, (list, tuple, range, torch.Tensor)):
         return []
     if iterates_its_own_way(loader):
         return [
@@ -60,7 +60,7 @@ def _of_a_loader(loader: Any) -> list[str]:
     reasons = []
     if loader.num_workers and not loader.in_order:
         reasons.append(f"{_name(loader)}(in_order=False) gives batches in the order in which workers finish")
-    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+    if isinstance(loader.dataset, IterableDataset):
         reasons += [
             f"{_name(loader.dataset)} {what}, which goes on where it was when it is iterated anew"
             for what in _open_ends(loader.dataset)

@@ -63,6 +63,7 @@ class _Epoch:
         first: the same at the first `next()`.
         stream: the loaders' own, where it is not.
         generators: those that the loaders hold, at `iter()`.
+        kept: whether its workers are those of the epoch before.
         states_before: of loaders that know their position, before the last batch, where one is held ready.
     """
 
@@ -72,6 +73,7 @@ class _Epoch:
     first: State | None = None
     stream: RandomStream | None = None
     generators: State = field(default_factory=dict)
+    kept: bool = False
     states_before: list[State] = field(default_factory=list)
 
     def drawing(self) -> AbstractContextManager[Any]:
@@ -142,7 +144,8 @@ class LoaderPosition:
         for loader in loaders:
             if is_seeded(loader) and hasattr(loader.dataset, "set_epoch"):
                 loader.dataset.set_epoch(epoch.number)
-        if goal is not None or any(_carries_on(loader) and not self._by_index(loader) for loader in loaders):
+        epoch.kept = goal["kept"] if goal is not None else all(map(self._may_be_kept, loaders))
+        if not epoch.kept:
             combined.reset()  # workers that live on would draw what depends on all epochs so far
         if knows_position(loaders):
             iterate()
@@ -193,6 +196,8 @@ class LoaderPosition:
                 "first": epoch.first,
                 "stream": None if epoch.stream is None else epoch.stream.seed,
                 "generators": epoch.generators,
+                "kept": epoch.kept,
+                "loaders": self.loader_states(lambda: [loader.state_dict() for loader in self._loaders()]),
             }
         return state
 
@@ -219,6 +224,8 @@ class LoaderPosition:
             )
         for loader in loaders:
             _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+        for loader, own in zip(loaders, state["loaders"], strict=False):
+            loader.load_state_dict(own)
         self._goal = state
         iter(loop._data_fetcher)
 
@@ -251,9 +258,8 @@ class LoaderPosition:
                 for _ in range(batches):
                     advance()
             elif loader.num_workers:
-                with _beginning_at(loader, batches) as give_back:
+                with _beginning_at(loader, batches):
                     iterate()
-                    give_back(combined._iterator.iterators[0])
             else:
                 iterate()
                 if epoch.first is not None:
@@ -269,6 +275,10 @@ class LoaderPosition:
             return False
         known = loader.num_workers == 0 and draws_at_its_beginning(loader)
         return known or self._replay == "indices" or is_seeded(loader)
+
+    def _may_be_kept(self, loader: Any) -> bool:
+        workers = getattr(loader, "persistent_workers", False) and loader._iterator is not None
+        return bool(workers) and (knows_position([loader]) or self._by_index(loader))
 
     def _held(self) -> int:
         """Batches that the fetcher holds ready: one where there is no length."""
@@ -300,7 +310,7 @@ def needs_stream(loaders: list[Any]) -> bool:
 
 def draws_at_its_beginning(loader: Any) -> bool:
     """Whether what the order of batches draws is drawn at `iter()` and at the first index, and never later."""
-    if not isinstance(loader, DataLoader) or iterates_its_own_way(loader):
+    if iterates_its_own_way(loader):
         return False
     if isinstance(loader.dataset, IterableDataset):
         return loader.num_workers > 0
@@ -311,27 +321,26 @@ def draws_at_its_beginning(loader: Any) -> bool:
 
 def iterates_its_own_way(loader: Any) -> bool:
     """Whether a loader has an `__iter__` that is not torch's."""
-    return not type(loader).__iter__.__module__.startswith(("torch.", "torchdata."))
-
-
-def _carries_on(loader: Any) -> bool:
-    return bool(getattr(loader, "persistent_workers", False))
+    return not (isinstance(loader, DataLoader) and type(loader).__iter__.__module__.startswith(("torch.", "torchdata.")))
 
 
 @contextmanager
-def _beginning_at(loader: Any, batches: int) -> Iterator[Callable[[Any], None]]:
+def _beginning_at(loader: Any, batches: int) -> Iterator[None]:
     """Have workers begin with a later batch; they are handed the first indices as soon as the loader is iterated."""
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     sampler = vars(loader)[name]
-    vars(loader)[name] = _From(sampler, batches)  # DataLoader.__setattr__ forbids it
+    later = _From(sampler, batches)
 
-    def give_back(iterator: Any) -> None:
-        iterator._index_sampler = sampler  # for the epochs to come, of workers that live on
+    def replace(by: Any) -> None:
+        vars(loader)[name] = by  # DataLoader.__setattr__ forbids it
+        if loader._iterator is not None:  # workers that live on
+            loader._iterator._index_sampler = by
 
+    replace(later)
     try:
-        yield give_back
+        yield
     finally:
-        vars(loader)[name] = sampler
+        replace(sampler)
 
 
 class _From:

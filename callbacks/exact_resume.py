@@ -8,7 +8,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from trainerkit.callbacks._inexact import inexact_reasons
-from trainerkit.callbacks._loader_position import LoaderPosition, Replay, knows_position
+from trainerkit.callbacks._loader_position import LoaderPosition, Replay
 from trainerkit.functional.random import State, random_state, set_random_state
 
 __all__ = ["ExactResume", "random_state", "set_random_state"]
@@ -97,16 +97,14 @@ class ExactResume(Callback):
         assert combined is not None
         place = state["position"]
         loop._last_train_dl_reload_epoch = place["reloaded"]
-        states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
-        if states and knows_position(combined.flattened):
-            combined._load_state_dicts(states)
+        loop._combined_loader_states_to_load = []  # those of the first rank; each has its own
         if position.is_in(place):
             _silence_lightning()
             position.go_to(place)
             _restore_gradients(pl_module, state["gradients"])
+            _validate_if_due(loop)
         else:
-            # Else Lightning would take the iterators that it made before the random state was there.
-            loop._resuming_from_checkpoint = False
+            _begin_next_epoch(loop)
 
         def put_back() -> None:
             position.set_generators(combined._flattened, state["generators"])
@@ -118,6 +116,29 @@ class ExactResume(Callback):
         if self._position is not None:
             self._position.detach()
             self._position = None
+
+
+def _begin_next_epoch(loop: Any) -> None:
+    """Have Lightning iterate the loaders anew, which it does not do after a resume: its iterators are too old.
+
+    With `max_steps` it also takes an epoch that is over for one that is not, and would end it twice.
+    """
+    loop._resuming_from_checkpoint = False
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop._restarting = False  # the property would say True again
+        loop.epoch_loop.restarting = False
+        loop.reset_restart_stage()
+
+
+def _validate_if_due(loop: Any) -> None:
+    """Have Lightning make up for a validation that was due after the batch; it would leave it out."""
+    batches = loop.epoch_loop
+    if batches.restarted_on_train_batch_end and batches._should_check_val_fx(loop._data_fetcher):
+        batches.val_loop.restarting = False
+        batches.val_loop._restart_stage = "restarted_mid_evaluation"
+        if not batches._should_accumulate():
+            batches._batches_that_stepped -= 1  # it is counted now, and after the validation
 
 
 def _silence_lightning() -> None:

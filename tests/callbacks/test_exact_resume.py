@@ -153,7 +153,6 @@ IN_PROCESS = {
     "StatefulDataLoader": lambda: stateful(shuffle=True),
     "StatefulDataLoader, iterable": lambda: stateful(CountsItself()),
     "a class": OwnLoader,
-    "a list": lambda: list(loader()),
 }
 
 
@@ -265,7 +264,7 @@ class Saving(Checkpoint):
 
 def fit(folder, make, kind=Dropping, resume=None, seed=7, callback=ExactResume, trainer=toy_trainer, **options):
     saving = Saving(folder)
-    made = trainer(folder, [*([callback()] if callback else []), saving], **{"max_epochs": 3} | options)
+    made = trainer(folder, [*([callback()] if callback else []), saving], **{"max_epochs": 2} | options)
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
@@ -301,7 +300,49 @@ def resumes_exactly(tmp_path, make, choose=lambda paths: paths, **options):
         assert_same(whole, resumed)
 
 
-@pytest.mark.filterwarnings("ignore:ExactResume")
+QUIET = pytest.mark.filterwarnings(
+    "ignore:ExactResume",
+    "ignore:Your `IterableDataset` has `__len__`",
+    "ignore:'set_vital' is deprecated",  # torchdata's
+    "ignore:You requested to overfit",
+)
+
+
+@QUIET
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_resuming_after_any_batch_equals_the_uninterrupted_run(tmp_path, name):
     resumes_exactly(tmp_path, IN_PROCESS[name])
+
+
+@QUIET
+@pytest.mark.parametrize("name", WORKERS)
+def test_resuming_is_exact_with_two_workers(tmp_path, name):
+    def few(paths):
+        return [path for path in paths if path.stem in ("0-2", "0-4", "1-0", "1-3")]
+
+    resumes_exactly(tmp_path, WORKERS[name], few)
+
+
+@QUIET
+@pytest.mark.parametrize("name", ["in order", "shuffled", "iterable", "dict", "BatchLoader", "StatefulDataLoader"])
+def test_resuming_is_exact_where_the_loaders_are_set_up_early(tmp_path, name):
+    resumes_exactly(tmp_path, IN_PROCESS[name], lambda paths: paths[1::2], kind=Scheduled)
+
+
+VARIANTS = {
+    "accumulating": {"accumulate_grad_batches": 3},
+    "validating in mid-epoch": {"val_check_interval": 2},
+    "validating every other epoch": {"check_val_every_n_epoch": 2, "max_epochs": 3},
+    "fewer batches": {"limit_train_batches": 3},
+    "overfitting": {"overfit_batches": 2},
+    "steps": {"max_steps": 8, "max_epochs": -1},
+    "reloading": {"reload_dataloaders_every_n_epochs": 1},
+    "reloading every other": {"reload_dataloaders_every_n_epochs": 2, "max_epochs": 4},
+}
+
+
+@QUIET
+@pytest.mark.parametrize("name", ["shuffled", "iterable", "BatchLoader"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resuming_is_exact_whatever_the_trainer_does(tmp_path, variant, name):
+    resumes_exactly(tmp_path, IN_PROCESS[name], **VARIANTS[variant])
