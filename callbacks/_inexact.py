@@ -23,9 +23,9 @@ def inexact_reasons(trainer: Any, loaders: list[Any], replay: Replay) -> list[st
         reasons.append("training_step(dataloader_iter) may fetch batches ahead of those it trains on")
     if trainer.accumulate_grad_batches != 1 and is_sharded(trainer):
         reasons.append("checkpoints inside an accumulation window leave out the gradients of sharded parameters")
-    known = knows_position(loaders)
     for loader in loaders:
-        reasons += _of_a_known_position(loader, replay) if known else _of_a_loader(loader)
+        own = knows_position([loader]) and (len(loaders) == 1 or iterates_its_own_way(loader))
+        reasons += _of_workers(loader, replay) if own else _of_a_loader(loader)
     return reasons
 
 
@@ -40,7 +40,7 @@ def _of_the_device(trainer: Any) -> list[str]:
     return reasons
 
 
-def _of_a_known_position(loader: Any, replay: Replay) -> list[str]:
+def _of_workers(loader: Any, replay: Replay) -> list[str]:
     if getattr(loader, "num_workers", 0) and not is_seeded(loader) and replay == "samples":
         return [
             f"what samples draw inside the workers of {_name(loader)} is not part of its state_dict; if they draw "

@@ -65,6 +65,7 @@ class _Epoch:
         generators: those that the loaders hold, at `iter()`.
         kept: whether its workers are those of the epoch before.
         states_before: of loaders that know their position, before the last batch, where one is held ready.
+        before: the CPU's generators at that time.
     """
 
     number: int | None = None
@@ -75,6 +76,7 @@ class _Epoch:
     generators: State = field(default_factory=dict)
     kept: bool = False
     states_before: list[State] = field(default_factory=list)
+    before: State | None = None
 
     def drawing(self) -> AbstractContextManager[Any]:
         """What to read in."""
@@ -149,6 +151,8 @@ class LoaderPosition:
             combined.reset()  # workers that live on would draw what depends on all epochs so far
         if knows_position(loaders):
             iterate()
+            if goal is not None and goal["before"] is not None:
+                set_host_state(goal["before"])  # for the batch that the fetcher is going to hold ready
         elif goal is None:
             epoch.generators = self.generators(loaders)
             if needs_stream(loaders):
@@ -168,6 +172,7 @@ class LoaderPosition:
             epoch.first = host_state()
         if self._keeps_states():
             epoch.states_before = [loader.state_dict() for loader in self._loaders()]
+            epoch.before = host_state()
         if epoch.stream is None:
             batch = advance()
         else:
@@ -197,6 +202,7 @@ class LoaderPosition:
                 "stream": None if epoch.stream is None else epoch.stream.seed,
                 "generators": epoch.generators,
                 "kept": epoch.kept,
+                "before": epoch.before if self._held() else None,
                 "loaders": self.loader_states(lambda: [loader.state_dict() for loader in self._loaders()]),
             }
         return state
@@ -321,7 +327,9 @@ def draws_at_its_beginning(loader: Any) -> bool:
 
 def iterates_its_own_way(loader: Any) -> bool:
     """Whether a loader has an `__iter__` that is not torch's."""
-    return not (isinstance(loader, DataLoader) and type(loader).__iter__.__module__.startswith(("torch.", "torchdata.")))
+    return not (
+        isinstance(loader, DataLoader) and type(loader).__iter__.__module__.startswith(("torch.", "torchdata."))
+    )
 
 
 @contextmanager
