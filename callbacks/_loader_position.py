@@ -1,8 +1,8 @@
 """Where a training loader stands in its epoch, and how to get there again.
 
-Lightning asks the loaders for a `CombinedLoader` and iterates that. `LoaderPosition` watches it: each epoch it notes
-what the loaders begin with, and counts. A loader that was at batch n begins again with the same, and n batches are passed
-over. What a batch draws at random depends on where it is read:
+Lightning makes a `CombinedLoader` of the loaders and iterates that. `LoaderPosition` watches it: each epoch it notes
+what the loaders begin with, and counts. A loader that was at batch n begins again with the same, and n batches are
+passed over. What a batch draws at random depends on where it is read:
 
 | loaders | begin with | pass over |
 |---|---|---|
@@ -146,8 +146,10 @@ class LoaderPosition:
         for loader in loaders:
             if is_seeded(loader) and hasattr(loader.dataset, "set_epoch"):
                 loader.dataset.set_epoch(epoch.number)
-        epoch.kept = goal["kept"] if goal is not None else all(map(self._may_be_kept, loaders))
-        if not epoch.kept:
+        living = [one for one in loaders if getattr(one, "persistent_workers", False) and one._iterator is not None]
+        keep = all(knows_position([one]) or self._by_index(one) for one in living)
+        epoch.kept = goal["kept"] if goal is not None else bool(living) and keep
+        if goal is not None and not epoch.kept or not keep:
             combined.reset()  # workers that live on would draw what depends on all epochs so far
         if knows_position(loaders):
             iterate()
@@ -282,10 +284,6 @@ class LoaderPosition:
         known = loader.num_workers == 0 and draws_at_its_beginning(loader)
         return known or self._replay == "indices" or is_seeded(loader)
 
-    def _may_be_kept(self, loader: Any) -> bool:
-        workers = getattr(loader, "persistent_workers", False) and loader._iterator is not None
-        return bool(workers) and (knows_position([loader]) or self._by_index(loader))
-
     def _held(self) -> int:
         """Batches that the fetcher holds ready: one where there is no length."""
         return len(getattr(self._trainer.fit_loop._data_fetcher, "batches", ()))
@@ -319,7 +317,7 @@ def draws_at_its_beginning(loader: Any) -> bool:
     if iterates_its_own_way(loader):
         return False
     if isinstance(loader.dataset, IterableDataset):
-        return loader.num_workers > 0
+        return bool(loader.num_workers)
     batches = loader.batch_sampler
     sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
     return type(batches) in (BatchSampler, type(None)) and type(sampler) in _KNOWN_SAMPLERS

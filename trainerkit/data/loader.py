@@ -203,6 +203,16 @@ class BatchLoader:
             self._given += 1
             yield batch
 
+    @property
+    def _iterator(self) -> Any:
+        """That of the workers. By this name Lightning stops them when fit ends, which takes seconds a worker later."""
+        return getattr(self._loader, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        if isinstance(self._loader, DataLoader):
+            self._loader._iterator = iterator
+
     def state_dict(self) -> dict[str, int]:
         """Batches given in this epoch, 0 once it is over."""
         return {"epoch": self.sampler.epoch, "batches": self._given % len(self), "batch_size": self.sampler.batch_size}
