@@ -149,7 +149,7 @@ class LoaderPosition:
         living = [one for one in loaders if getattr(one, "persistent_workers", False) and one._iterator is not None]
         keep = all(knows_position([one]) or self._by_index(one) for one in living)
         epoch.kept = goal["kept"] if goal is not None else bool(living) and keep
-        if goal is not None and not epoch.kept or not keep:
+        if (goal is not None and not epoch.kept) or not keep:
             combined.reset()  # workers that live on would draw what depends on all epochs so far
         if knows_position(loaders):
             iterate()

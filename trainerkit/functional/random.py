@@ -79,9 +79,10 @@ class RandomStream:
 
 
 def seed_host(seed: int) -> None:
-    """Seed the global generators of the CPU, and of no device."""
+    """Seed the global generators of the CPU, and of no device, with 63 bits."""
     random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    # The third word: NumPy and Python have the same generator and would give the same numbers.
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32, 1])
     torch.default_generator.manual_seed(seed)
 
 
