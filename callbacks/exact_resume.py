@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from trainerkit.callbacks._epoch_metrics import add_sums, metrics_so_far, restore_last, restore_metrics
 from trainerkit.callbacks._inexact import inexact_reasons
 from trainerkit.callbacks._loader_position import LoaderPosition, Replay
 from trainerkit.functional.random import State, random_state, set_random_state
@@ -22,6 +23,7 @@ class ExactResume(Callback):
     - The position of the training loaders in their epoch: of one with `state_dict` (`trainerkit.data.BatchLoader`,
       torchdata's StatefulDataLoader) its own, of any other what its epoch began with and how many batches were seen.
     - Between two steps of an accumulation window, the gradients so far.
+    - What was logged so far: an epoch's mean is over its batches before the checkpoint too.
 
     At the start of fit it warns of what cannot be exact, with the reason; `callbacks/_loader_position.py` says how a
     loader's position is found again.
@@ -41,6 +43,7 @@ class ExactResume(Callback):
         self.replay = replay
         self._restored: State | None = None
         self._position: LoaderPosition | None = None
+        self._sums: State = {}  # of what was logged, until the first batch after a resume
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the training loaders from their first use, which may be in `configure_optimizers`."""
@@ -58,7 +61,7 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather every rank's state; only the first rank's checkpoint is written."""
-        mine = {"random": random_state()}
+        mine = {"random": random_state(), "logged": metrics_so_far(trainer, pl_module)}
         if self._position is not None and trainer.fit_loop._combined_loader is not None:
             mine["position"] = self._position.state()
             mine["generators"] = self._position.generators(trainer.fit_loop._combined_loader.flattened)
@@ -90,18 +93,29 @@ class ExactResume(Callback):
             return
         self._resume(trainer, pl_module, ranks[trainer.global_rank])
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add what was logged before the checkpoint."""
+        if self._sums:
+            add_sums(trainer, self._sums)
+            self._sums = {}
+
     def _resume(self, trainer: Trainer, pl_module: LightningModule, state: State) -> None:
         loop, position = trainer.fit_loop, self._position
         combined = loop._combined_loader
         assert position is not None
         assert combined is not None
         place = state["position"]
+        restore_last(trainer, state["logged"])
         loop._last_train_dl_reload_epoch = place["reloaded"]
         loop._combined_loader_states_to_load = []  # those of the first rank; each has its own
         if position.is_in(place):
             _silence_lightning()
             position.go_to(place)
             _restore_gradients(pl_module, state["gradients"])
+            restore_metrics(pl_module, state["logged"])
+            self._sums = state["logged"]["sums"]
             _validate_if_due(loop)
         else:
             _begin_next_epoch(loop)

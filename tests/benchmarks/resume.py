@@ -23,7 +23,7 @@ from trainerkit.callbacks import ExactResume
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches, SeededSamples
 from trainerkit.tasks.mae import MaskedAutoencoder, MaskedAutoencoderTask
 
-STEPS, BATCH = 20, 128
+STEPS, BATCH = 12, 128
 POSITIONS = (10, 1_000, 100_000)
 READ_SECONDS = 2e-4
 

@@ -22,6 +22,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torchmetrics import MeanMetric
 
 from tests.support import toy_trainer
 from trainerkit.callbacks import ExactResume
@@ -203,6 +204,7 @@ class Draws:
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(4, 1)
+        self.mean_metric = MeanMetric()
         self.batches = []
         self.seen = []  # the weights of each validation
 
@@ -220,7 +222,12 @@ class Draws:
         x, y = together(batch)
         self.batches.append((self.trainer.current_epoch, batch_idx, x.clone()))
         x = x * (torch.rand_like(x) < 0.8) + 0.1 * random.random()
-        return self.loss((x, y + 0.1 * float(np.random.rand())))
+        loss = self.loss((x, y + 0.1 * float(np.random.rand())))
+        self.mean_metric(x.detach())
+        for reduce in ("mean", "sum", "max"):
+            self.log(f"train/{reduce}", loss, on_epoch=True, on_step=False, reduce_fx=reduce, batch_size=len(x))
+        self.log("train/metric", self.mean_metric, on_epoch=True, on_step=False)
+        return loss
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["shift"] = self.shift
@@ -304,8 +311,8 @@ def assert_same(whole, resumed):
         momenta = [[s["momentum_buffer"] for s in o.state_dict()["state"].values()] for o in (a, b)]
         assert all(torch.equal(m, n) for m, n in zip(*momenta, strict=True))
     assert again.global_step == trainer.global_step
-    if other.seen:
-        assert again.callback_metrics["val/loss"] == trainer.callback_metrics["val/loss"]
+    assert again.callback_metrics.keys() == trainer.callback_metrics.keys()
+    assert again.callback_metrics == trainer.callback_metrics
 
 
 def resumes_exactly(tmp_path, make, choose=lambda paths: paths, **options):
