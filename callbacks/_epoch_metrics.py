@@ -9,7 +9,7 @@ State = dict[str, Any]
 
 
 def metrics_so_far(trainer: Any, module: nn.Module) -> State:
-    """The last value of each metric, the sums that `self.log` reduces over the epoch, and the states of torchmetrics."""
+    """The last value of each metric, the sums that `self.log` reduces over the epoch, the states of torchmetrics."""
     results = trainer.fit_loop.epoch_loop._results
     reduced = {key: metric for key, metric in results.items() if metric.is_tensor and metric.meta.on_epoch}
     return {
