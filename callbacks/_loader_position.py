@@ -193,10 +193,22 @@ class LoaderPosition:
     # What a checkpoint holds
 
     def state(self) -> State:
-        """Where the loaders stand; `batches` None: not in the middle of an epoch."""
+        """Where the loaders stand.
+
+        `batches` is None where that is not the middle of an epoch; `ends`: after its last batch; `ended`: in
+        `on_train_epoch_end`.
+        """
         loop, epoch = self._trainer.fit_loop, self._epoch
-        state: State = {"reloaded": loop._last_train_dl_reload_epoch, "epoch": epoch.number, "batches": None}
-        if epoch.number == loop.epoch_progress.current.processed and not loop.epoch_loop._num_ready_batches_reached():
+        in_epoch = epoch.number == loop.epoch_progress.current.processed
+        ends = in_epoch and loop.epoch_loop._num_ready_batches_reached()
+        state: State = {
+            "reloaded": loop._last_train_dl_reload_epoch,
+            "epoch": epoch.number,
+            "batches": None,
+            "ends": ends,
+            "ended": loop.epoch_progress.current.completed < loop.epoch_progress.current.processed,
+        }
+        if in_epoch and not ends:
             state |= {
                 "batches": epoch.fetched - self._held(),
                 "start": epoch.start,

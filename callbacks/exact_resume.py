@@ -7,7 +7,14 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from trainerkit.callbacks._epoch_metrics import add_sums, metrics_so_far, restore_last, restore_metrics
+from trainerkit.callbacks._epoch_metrics import (
+    add_sums,
+    forget_sums,
+    metrics_so_far,
+    register_sums,
+    restore_last,
+    restore_metrics,
+)
 from trainerkit.callbacks._inexact import inexact_reasons
 from trainerkit.callbacks._loader_position import LoaderPosition, Replay
 from trainerkit.functional.random import State, random_state, set_random_state
@@ -93,6 +100,10 @@ class ExactResume(Callback):
             return
         self._resume(trainer, pl_module, ranks[trainer.global_rank])
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the next epoch log as it likes."""
+        forget_sums(trainer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -114,11 +125,20 @@ class ExactResume(Callback):
             _silence_lightning()
             position.go_to(place)
             _restore_gradients(pl_module, state["gradients"])
-            restore_metrics(pl_module, state["logged"])
             self._sums = state["logged"]["sums"]
             _validate_if_due(loop)
         else:
+            _end_epoch(loop)
+            if place["ended"]:
+                _step_plateau_schedules(loop)
             _begin_next_epoch(loop)
+        if position.is_in(place) or place["ends"]:
+            restore_metrics(pl_module, state["logged"])
+        if place["ends"]:
+            register_sums(trainer, pl_module, state["logged"]["sums"])
+        loop._restarting = (
+            False  # else it takes an epoch's metrics for incomplete, and leaves schedules of them as they are
+        )
 
         def put_back() -> None:
             position.set_generators(combined._flattened, state["generators"])
@@ -140,9 +160,35 @@ def _begin_next_epoch(loop: Any) -> None:
     loop._resuming_from_checkpoint = False
     if loop.restarted_on_epoch_end:
         loop.epoch_progress.increment_completed()
-        loop._restarting = False  # the property would say True again
         loop.epoch_loop.restarting = False
         loop.reset_restart_stage()
+
+
+def _step_plateau_schedules(loop: Any) -> None:
+    """Make up for schedules by an epoch's metric: they step after `on_train_epoch_end`, where the checkpoint was written."""
+    counts = loop.epoch_progress.current
+    epochs, counts.completed = counts.completed, counts.processed - 1
+    loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+    counts.completed = epochs
+
+
+def _end_epoch(loop: Any) -> None:
+    """Have Lightning end an epoch if the checkpoint was written in `on_train_batch_end` of its last batch.
+
+    It would take it for ended, without validation and `on_train_epoch_end`.
+    """
+    batches = loop.epoch_loop
+    if not (batches.restarted_on_train_batch_end and loop.restarted_mid_epoch and batches.batch_progress.is_last_batch):
+        return
+    for counts in (loop.epoch_progress.current, loop.epoch_progress.total):
+        counts.processed -= 1
+        counts.completed -= 1
+    _validate_if_due(loop)
+    batches.batch_progress.increment_completed()
+    batches.reset_restart_stage()
+    # Nothing more comes of this epoch.
+    loop._data_fetcher.batches = []
+    loop._data_fetcher.done = True
 
 
 def _validate_if_due(loop: Any) -> None:

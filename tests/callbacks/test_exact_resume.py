@@ -270,26 +270,33 @@ def together(batch):
 
 
 class Saving(Checkpoint):
-    """Saves after every batch but the last, whose validation has to be in the checkpoint, and at each epoch's end."""
+    """Saves after every batch, but after an epoch's last one at its end only, as CrashSafeCheckpoint does."""
 
-    def __init__(self, folder, every=1):
+    def __init__(self, folder, last=False):
         self.folder = folder
+        self.last = last
         self.paths = []
 
     def on_train_batch_end(self, trainer, *_):
-        if not trainer.is_last_batch:
+        if self.last or not trainer.is_last_batch:
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer, _):
-        self._save(trainer)
+    def on_validation_end(self, trainer, _):
+        if self.last:
+            self._save(trainer, "-validated")
 
-    def _save(self, trainer):
-        self.paths.append(self.folder / f"{trainer.current_epoch}-{trainer.fit_loop.batch_idx}.ckpt")
+    def on_train_epoch_end(self, trainer, _):
+        self._save(trainer, "-ended" if self.last else "")
+
+    def _save(self, trainer, suffix=""):
+        self.paths.append(self.folder / f"{trainer.current_epoch}-{trainer.fit_loop.batch_idx}{suffix}.ckpt")
         trainer.save_checkpoint(self.paths[-1])
 
 
-def fit(folder, make, kind=Dropping, resume=None, seed=7, callback=ExactResume, trainer=toy_trainer, **options):
-    saving = Saving(folder)
+def fit(
+    folder, make, kind=Dropping, resume=None, seed=7, callback=ExactResume, trainer=toy_trainer, last=False, **options
+):
+    saving = Saving(folder, last)
     made = trainer(folder, [*([callback()] if callback else []), saving], **{"max_epochs": 2} | options)
     torch.manual_seed(seed)
     random.seed(seed)
@@ -357,6 +364,30 @@ def test_resuming_is_exact_with_two_workers(tmp_path, name):
 @pytest.mark.parametrize("name", ["shuffled", "iterable", "BatchLoader", "StatefulDataLoader"])
 def test_resuming_is_exact_where_the_loaders_are_set_up_early(tmp_path, name):
     resumes_exactly(tmp_path, IN_PROCESS[name], lambda paths: paths[1::2], kind=Scheduled)
+
+
+class Plateau(Dropping):
+    """A schedule by an epoch's metric, which Lightning leaves as it is at the end of a resumed epoch."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "train/mean"}}
+
+
+@QUIET
+@pytest.mark.parametrize("name", ["shuffled", "iterable", "BatchLoader"])
+@pytest.mark.parametrize("options", [{}, {"limit_val_batches": 0}, {"val_check_interval": 5, "max_steps": 9}])
+def test_resuming_from_an_epochs_last_batch_and_from_validations_is_exact(tmp_path, name, options):
+    """Lightning would leave out the validation and `on_train_epoch_end`, and what the epoch logged."""
+    whole = fit(tmp_path / "whole", IN_PROCESS[name], kind=Plateau, last=True, **options)
+    paths = [path for path in whole[2] if path.stem.startswith("0-4")]
+    assert len(paths) == 2 if "limit_val_batches" in options else 3
+    for path in paths:
+        resumed = fit(tmp_path / "resumed", IN_PROCESS[name], kind=Plateau, last=True, resume=path, seed=99, **options)
+        assert_same(whole, resumed)
+        assert resumed[1].optimizers[0].param_groups[0]["lr"] == whole[1].optimizers[0].param_groups[0]["lr"]
+        assert len(resumed[2]) == len(whole[2]) - whole[2].index(path) - 1
 
 
 VARIANTS = {
