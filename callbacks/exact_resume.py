@@ -165,7 +165,7 @@ def _begin_next_epoch(loop: Any) -> None:
 
 
 def _step_plateau_schedules(loop: Any) -> None:
-    """Make up for schedules by an epoch's metric: they step after `on_train_epoch_end`, where the checkpoint was written."""
+    """Make up for schedules by an epoch's metric, which step after `on_train_epoch_end`: that has the checkpoint."""
     counts = loop.epoch_progress.current
     epochs, counts.completed = counts.completed, counts.processed - 1
     loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
