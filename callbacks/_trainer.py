@@ -54,14 +54,19 @@ def warn_of_monitor(trainer: Trainer, callback: Callback, monitor: str, therefor
     )
 
 
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the strategy holds parameters as pieces of tensors."""
+    return type(trainer.strategy).__name__ in _SHARDED
+
+
 def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
     """Refuse strategies whose parameters are pieces of tensors.
 
     Raises:
         ValueError: for FSDP, ModelParallel (FSDP2, tensor parallel) and DeepSpeed.
     """
-    strategy = type(trainer.strategy).__name__
-    if strategy in _SHARDED:
+    if is_sharded(trainer):
+        strategy = type(trainer.strategy).__name__
         raise ValueError(
             f"strategy={strategy}: {type(callback).__name__} does not work on sharded parameters; use DDP or one device"
         )

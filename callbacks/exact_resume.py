@@ -1,31 +1,82 @@
-"""Random state through checkpoints, so that a resumed run draws what the uninterrupted one would have drawn."""
+"""A run that was killed and is resumed gives the bits of the uninterrupted one, in any Lightning project."""
 
-import random
+import warnings
 from typing import Any
 
-import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from trainerkit.callbacks._epoch_metrics import (
+    add_sums,
+    forget_sums,
+    metrics_so_far,
+    register_sums,
+    restore_last,
+    restore_metrics,
+)
+from trainerkit.callbacks._inexact import inexact_reasons
+from trainerkit.callbacks._loader_position import LoaderPosition, Replay
+from trainerkit.functional.random import State, random_state, set_random_state
+
+__all__ = ["ExactResume", "random_state", "set_random_state"]
 
 
 class ExactResume(Callback):
-    """Save the state of Python's, NumPy's and torch's generators, each rank's own, and set it before the next step.
+    """Save what Lightning leaves out of a checkpoint, and put each piece back at its moment.
 
-    Lightning saves none of it. Together with a training loader that knows its position (one with `state_dict` and
-    `load_state_dict`, like `trainerkit.data.BatchLoader`, or torchdata's StatefulDataLoader) a run that is resumed in
-    the middle of an epoch gives the weights of the uninterrupted one, bit for bit. Random augmentation inside worker
-    processes is not covered.
+    - The state of Python's, NumPy's and torch's generators, of each CUDA device, and of the generators that loaders,
+      samplers and data sets hold; each rank's own.
+    - The position of the training loaders in their epoch: of one with `state_dict` (`trainerkit.data.BatchLoader`,
+      torchdata's StatefulDataLoader) its own, of any other what its epoch began with and how many batches were seen.
+    - Between two steps of an accumulation window, the gradients so far.
+    - What was logged so far: an epoch's mean is over its batches before the checkpoint too.
+
+    At the start of fit it warns of what cannot be exact, with the reason; `callbacks/_loader_position.py` says how a
+    loader's position is found again.
+
+    Args:
+        replay: how batches that were seen are passed over where workers read them. 'samples' reads them again, since
+            samples may draw from their worker's random state. 'indices' does not, whatever their number: for samples
+            that draw nothing, or from seed, epoch and index (`trainerkit.data.SeededSamples`, which is recognized).
+
+    Raises:
+        ValueError: for another `replay`; on resuming in mid-epoch with another kind of loader.
     """
 
-    def __init__(self) -> None:
-        self._restored: dict[str, Any] | None = None
+    def __init__(self, replay: Replay = "samples") -> None:
+        if replay not in ("samples", "indices"):
+            raise ValueError(f"replay={replay}: must be samples or indices")
+        self.replay = replay
+        self._restored: State | None = None
+        self._position: LoaderPosition | None = None
+        self._sums: State = {}  # of what was logged, until the first batch after a resume
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watch the training loaders from their first use, which may be in `configure_optimizers`."""
+        if stage == "fit":
+            self._position = LoaderPosition(trainer, self.replay)
+            self._position.attach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the loaders as they were."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the loaders as they were."""
+        self._detach()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather every rank's state; only the first rank's checkpoint is written."""
-        states: list[Any] = [random_state()]
+        mine = {"random": random_state(), "logged": metrics_so_far(trainer, pl_module)}
+        if self._position is not None and trainer.fit_loop._combined_loader is not None:
+            mine["position"] = self._position.state()
+            mine["generators"] = self._position.generators(trainer.fit_loop._combined_loader.flattened)
+            mine["gradients"] = _partial_gradients(trainer, pl_module)
+        states: list[Any] = [mine]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, random_state())
+            torch.distributed.all_gather_object(states, mine)
         checkpoint["callbacks"][self.state_key] = {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -33,45 +84,138 @@ class ExactResume(Callback):
         self._restored = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the training loader its position if Lightning did not.
-
-        A module that asks for `trainer.estimated_stepping_batches` in `configure_optimizers` has the loader set up
-        before the checkpoint's loops are restored; Lightning then never hands the loader's state over.
-        """
-        loop = trainer.fit_loop
-        states, loader = loop._combined_loader_states_to_load, loop._combined_loader
-        if states and loader is not None and loop._data_fetcher is not None:
-            loader._load_state_dicts(states)
-            loop._combined_loader_states_to_load = []
-            iter(loop._data_fetcher)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the state before the first step: what happens on the way to it draws random numbers too."""
-        if self._restored is None:
+        """Say what cannot be exact; go to where the run was."""
+        loader = trainer.fit_loop._combined_loader
+        assert loader is not None
+        for reason in inexact_reasons(trainer, loader.flattened, self.replay):
+            rank_zero_warn(f"ExactResume: a resumed run may differ from an uninterrupted one: {reason}")
+        if self._restored is None or self._position is None:
             return
         ranks, self._restored = self._restored["ranks"], None
-        if trainer.global_rank < len(ranks):
-            set_random_state(ranks[trainer.global_rank])
+        if len(ranks) != trainer.world_size:
+            rank_zero_warn(
+                f"ExactResume: the checkpoint is of {len(ranks)} processes and this run has {trainer.world_size}: its "
+                "random state and position are not used, and the epoch begins anew"
+            )
+            return
+        self._resume(trainer, pl_module, ranks[trainer.global_rank])
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the next epoch log as it likes."""
+        forget_sums(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add what was logged before the checkpoint."""
+        if self._sums:
+            add_sums(trainer, self._sums)
+            self._sums = {}
+
+    def _resume(self, trainer: Trainer, pl_module: LightningModule, state: State) -> None:
+        loop, position = trainer.fit_loop, self._position
+        combined = loop._combined_loader
+        assert position is not None
+        assert combined is not None
+        place = state["position"]
+        restore_last(trainer, state["logged"])
+        loop._last_train_dl_reload_epoch = place["reloaded"]
+        loop._combined_loader_states_to_load = []  # those of the first rank; each has its own
+        if position.is_in(place):
+            _silence_lightning()
+            position.go_to(place)
+            _restore_gradients(pl_module, state["gradients"])
+            self._sums = state["logged"]["sums"]
+            _validate_if_due(loop)
+        else:
+            _end_epoch(loop)
+            if place["ended"]:
+                _step_plateau_schedules(loop)
+            _begin_next_epoch(loop)
+        if position.is_in(place) or place["ends"]:
+            restore_metrics(pl_module, state["logged"])
+        if place["ends"]:
+            register_sums(trainer, pl_module, state["logged"]["sums"])
+        loop._restarting = (
+            False  # else it takes an epoch's metrics for incomplete, and leaves schedules of them as they are
+        )
+
+        def put_back() -> None:
+            position.set_generators(combined._flattened, state["generators"])
+            set_random_state(state["random"])
+
+        position.before_next_use(put_back)
+
+    def _detach(self) -> None:
+        if self._position is not None:
+            self._position.detach()
+            self._position = None
 
 
-def random_state() -> dict[str, Any]:
-    """The state of all global generators of this process, in types that `torch.load(weights_only=True)` reads."""
-    numpy_state: Any = np.random.get_state()
-    kind, keys, position, has_gauss, gauss = numpy_state
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+def _begin_next_epoch(loop: Any) -> None:
+    """Have Lightning iterate the loaders anew, which it does not do after a resume: its iterators are too old.
+
+    With `max_steps` it also takes an epoch that is over for one that is not, and would end it twice.
+    """
+    loop._resuming_from_checkpoint = False
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop.epoch_loop.restarting = False
+        loop.reset_restart_stage()
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undo whatever was drawn since `random_state()` gave `state`."""
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
+def _step_plateau_schedules(loop: Any) -> None:
+    """Make up for schedules by an epoch's metric, which step after `on_train_epoch_end`: that has the checkpoint."""
+    counts = loop.epoch_progress.current
+    epochs, counts.completed = counts.completed, counts.processed - 1
+    loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+    counts.completed = epochs
+
+
+def _end_epoch(loop: Any) -> None:
+    """Have Lightning end an epoch if the checkpoint was written in `on_train_batch_end` of its last batch.
+
+    It would take it for ended, without validation and `on_train_epoch_end`.
+    """
+    batches = loop.epoch_loop
+    if not (batches.restarted_on_train_batch_end and loop.restarted_mid_epoch and batches.batch_progress.is_last_batch):
+        return
+    for counts in (loop.epoch_progress.current, loop.epoch_progress.total):
+        counts.processed -= 1
+        counts.completed -= 1
+    _validate_if_due(loop)
+    batches.batch_progress.increment_completed()
+    batches.reset_restart_stage()
+    # Nothing more comes of this epoch.
+    loop._data_fetcher.batches = []
+    loop._data_fetcher.done = True
+
+
+def _validate_if_due(loop: Any) -> None:
+    """Have Lightning make up for a validation that was due after the batch; it would leave it out."""
+    batches = loop.epoch_loop
+    if batches.restarted_on_train_batch_end and batches._should_check_val_fx(loop._data_fetcher):
+        batches.val_loop.restarting = False
+        batches.val_loop._restart_stage = "restarted_mid_evaluation"
+        if not batches._should_accumulate():
+            batches._batches_that_stepped -= 1  # it is counted now, and after the validation
+
+
+def _silence_lightning() -> None:
+    # It says that the loader is not resumable, which looks at the loader alone.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+
+
+def _partial_gradients(trainer: Trainer, pl_module: LightningModule) -> dict[str, torch.Tensor]:
+    """The gradients of a window that is not at its end, by parameter; nothing at its end."""
+    loop = trainer.fit_loop.epoch_loop
+    ready = loop.batch_progress.current.ready
+    if not (pl_module.automatic_optimization and ready and loop._should_accumulate()):
+        return {}
+    return {name: p.grad.detach().cpu() for name, p in pl_module.named_parameters() if p.grad is not None}
+
+
+def _restore_gradients(pl_module: LightningModule, gradients: dict[str, torch.Tensor]) -> None:
+    for name, parameter in pl_module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter)

@@ -55,13 +55,13 @@ def toy_loader(rows: int = 32, batch_size: int = 8, width: int = 4) -> DataLoade
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
-def toy_trainer(folder: Path, callbacks=(), **options) -> Trainer:
+def toy_trainer(folder: Path, callbacks=(), kind=Trainer, **options) -> Trainer:
     options = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False} | options
     options |= {
         "enable_model_summary": False,
         "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
     }
-    return Trainer(default_root_dir=folder, callbacks=list(callbacks), num_sanity_val_steps=0, **options)
+    return kind(default_root_dir=folder, callbacks=list(callbacks), num_sanity_val_steps=0, **options)
 
 
 # A masked autoencoder small enough for a test: 400 spectra of 40 bands, 8 patches.

@@ -2,6 +2,7 @@
 
 from trainerkit.data.indian_pines import IndianPines
 from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches
+from trainerkit.data.seeded import SeededSamples
 from trainerkit.data.spectra import SpectraData, snv
 
-__all__ = ["ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SpectraData", "snv"]
+__all__ = ["ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SeededSamples", "SpectraData", "snv"]

@@ -48,6 +48,11 @@ class ArrayDataset(Dataset[Batch]):
         if len(self.rows) == 0:
             raise ValueError("rows=0: a data set needs at least one row")
 
+    @property
+    def seeded_by_index(self) -> bool:
+        """Whether a row is the same whenever it is read; ExactResume asks."""
+        return self.transform is None
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -172,6 +177,7 @@ class BatchLoader:
         self.dataset = dataset
         self.sampler = batches  # by this name Lightning finds it, to set the epoch
         self.batch_sampler = None  # Lightning looks there as well
+        self.num_workers = num_workers
         self._given = 0
         self._loader: Iterable[Batch] = _Here(dataset, batches)
         if num_workers > 0:
@@ -196,6 +202,16 @@ class BatchLoader:
         for batch in self._loader:
             self._given += 1
             yield batch
+
+    @property
+    def _iterator(self) -> Any:
+        """That of the workers. By this name Lightning stops them when fit ends, which takes seconds a worker later."""
+        return getattr(self._loader, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        if isinstance(self._loader, DataLoader):
+            self._loader._iterator = iterator
 
     def state_dict(self) -> dict[str, int]:
         """Batches given in this epoch, 0 once it is over."""
