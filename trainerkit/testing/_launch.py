@@ -1,0 +1,255 @@
+"""Runs as processes in a group of their own, started plainly or forked from a process that has imported everything.
+
+`python -m trainerkit` needs seconds to import torch, Lightning and Hydra, a small run less than one. `Zygote` pays once:
+
+    python -m trainerkit.testing._launch        reads an order, forks, tells the process' number and how it ended
+
+What it forks is the process that `python -m trainerkit` is after its imports: no run has been there before, no thread
+has been started, nothing was computed, no file is shared. It calls `trainerkit.cli.main` and ends as Python ends.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to run: arguments of `trainerkit.cli.main`, folder, where the screen goes, how many processes train."""
+
+    arguments: Sequence[str]
+    folder: str
+    log: str
+    ranks: int = 1
+
+
+class Running(Protocol):
+    """A run that was started; `end` has to be called once it is over."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal that ended it; None while it runs."""
+
+    def end(self) -> None:
+        """Kill what is left of the group, and forget the process."""
+
+
+def freeze(run: Running) -> None:
+    """Stop the whole group where it is, and wait until the first process stands."""
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGSTOP)
+    while run.poll() is None and _state(run.pid) not in "TtZX":
+        time.sleep(0.0001)
+
+
+def kill(run: Running) -> int:
+    """SIGKILL to the whole group, workers and other ranks too; gives how the first process ended."""
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    while (code := run.poll()) is None:
+        time.sleep(0.0002)
+    return code
+
+
+def _state(pid: int) -> str:
+    """The letter of a process' state; 'T' is stopped. Where there is no /proc a process stops at once, so to say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return "T"
+
+
+class Plain:
+    """`python -m trainerkit`, as a user starts it; other ranks are started by Lightning."""
+
+    def __init__(self, order: Order, environment: Mapping[str, str]) -> None:
+        command = [sys.executable, "-m", "trainerkit", *order.arguments]
+        with open(order.log, "ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=order.folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """See `Running`. The process is not reaped, so that its number stays its own."""
+        return _status(self.pid)
+
+    def end(self) -> None:
+        """See `Running`."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class Zygote:
+    """Forks runs, one at a time; a context that ends the process and what it has started."""
+
+    def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "trainerkit.testing._launch"],
+            env=dict(environment), cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        self._tell()  # that everything is imported
+
+    def __enter__(self) -> "Zygote":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # At the end of its input it kills what it has started.
+        self._pipe(self._process.stdin).close()
+        self._process.wait()
+        self._pipe(self._process.stdout).close()
+
+    def start(self, order: Order) -> "Forked":
+        """Fork a run; the one before has to be over and its `end` called."""
+        return Forked(self, self._ask(json.dumps(asdict(order))))
+
+    def _ask(self, line: str) -> int:
+        pipe = self._pipe(self._process.stdin)
+        pipe.write(f"{line}\n")
+        pipe.flush()
+        return self._tell()
+
+    def _tell(self) -> int:
+        line = self._pipe(self._process.stdout).readline()
+        if not line:
+            raise RuntimeError("the process that forks runs has died; what it said is above")
+        return int(line)
+
+    def has_news(self) -> bool:
+        """Whether the run that was started has ended."""
+        return bool(select.select([self._pipe(self._process.stdout)], [], [], 0)[0])
+
+    @staticmethod
+    def _pipe(pipe: IO[str] | None) -> IO[str]:
+        assert pipe is not None
+        return pipe
+
+
+class Forked:
+    """A run that was forked from the zygote; of several ranks the first is the parent of the others."""
+
+    def __init__(self, zygote: Zygote, pid: int) -> None:
+        self.pid = pid
+        self._zygote = zygote
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """See `Running`."""
+        if self._code is None and self._zygote.has_news():
+            self._code = self._zygote._tell()
+        return self._code
+
+    def end(self) -> None:
+        """See `Running`."""
+        self._zygote._ask("end")
+
+
+# In the process that forks
+
+
+def serve() -> Order | None:
+    """Follow orders until the input ends; in a forked process, give its order."""
+    _say(0)
+    while line := sys.stdin.readline():
+        order = Order(**json.loads(line))
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            return order
+        os.setpgid(pid, pid)  # the child does it too: it is done, whoever comes first
+        _say(pid)
+        _watch(pid)
+    return None
+
+
+def _watch(pid: int) -> None:
+    """Tell how the process ended; kill what is left of its group when told to, or when nobody is there to tell."""
+    handle = os.pidfd_open(pid)
+    ready = select.select([handle, sys.stdin], [], [])[0]
+    os.close(handle)
+    if handle in ready:
+        code = _status(pid)
+        assert code is not None
+        _say(code)
+        sys.stdin.readline()
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    _say(0)
+
+
+def _become(order: Order) -> None:
+    """Make a forked process what the command line would have started."""
+    os.setpgid(0, 0)
+    for source, targets in ((os.open(os.devnull, os.O_RDONLY), [0]), (_open_log(order.log), [1, 2])):
+        for target in targets:
+            os.dup2(source, target)
+        os.close(source)
+    os.chdir(order.folder)
+    sys.argv = [str(Path(__file__).resolve().parents[1] / "__main__.py"), *order.arguments]
+    if order.ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # As torchrun and others do it: Lightning finds its place in the environment, and starts nobody.
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+        first = os.getpid()
+        rank = next((rank for rank in range(1, order.ranks) if os.getpid() == first and os.fork() == 0), 0)
+        os.environ["LOCAL_RANK"] = str(rank)
+
+
+def _open_log(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+
+def _status(pid: int) -> int | None:
+    """How a child ended, without reaping it."""
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def _say(number: int) -> None:
+    # A pipe whose reader is gone is found out at the next reading.
+    with suppress(BrokenPipeError):
+        print(number, flush=True)
+
+
+def _import_everything() -> None:
+    """What a run imports; it must leave this process with the one thread that a fork keeps."""
+    import importlib
+    import pkgutil
+
+    for name in ("trainerkit.cli", "trainerkit.compose", "trainerkit.run", "trainerkit.data", "trainerkit.testing._beacon"):
+        importlib.import_module(name)
+    tasks = importlib.import_module("trainerkit.tasks")
+    for module in pkgutil.iter_modules(tasks.__path__, "trainerkit.tasks."):
+        importlib.import_module(module.name)
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise RuntimeError(f"imports have started {threads - 1} threads, which a fork would not have; use --fresh")
+
+
+if __name__ == "__main__":
+    _import_everything()
+    found = serve()
+    if found is not None:
+        _become(found)
+        from trainerkit.cli import main
+
+        main(found.arguments)
