@@ -139,14 +139,22 @@ def _rows(folder: Path) -> list[_Row]:
 
 
 def _foreign_row(whole: list[_Row], other: list[_Row]) -> str | None:
-    """A logged row that the uninterrupted run does not have."""
-    known = {(row["step"], *sorted(row)): row for row in whole}
+    """Something logged that the uninterrupted run has not logged at that step.
+
+    What a resumed run says again before its first step (`unfreezing/stage`) has to be what was said last.
+    """
+    known: dict[str, dict[int, list[str]]] = {}  # the cells of each metric by step, in the order they were written
+    for row in whole:
+        for name, cell in row.items():
+            known.setdefault(name, {}).setdefault(int(row["step"]), []).append(cell)
     for row in other:
-        ours = known.get((row["step"], *sorted(row)))
-        if ours is None:
-            return f"a row {row} that the uninterrupted run has not"
-        if (found := first_difference(ours, row)) is not None:
-            return f"at step {row['step']} {found}"
+        step = int(row["step"])
+        for name, cell in row.items():
+            cells = known.get(name, {})
+            before = max((there for there in cells if there < step), default=None)
+            expected = [*cells.get(step, []), *([] if before is None else cells[before][-1:])]
+            if name != "step" and cell not in expected:
+                return f"{name} is {cell} at step {step} instead of {' or '.join(expected) or 'nothing'}"
     return None
 
 

@@ -8,11 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from trainerkit.testing._beacon import FILENAME, read_phase
 from trainerkit.testing._compare import differences, last_step, unreadable
-from trainerkit.testing._kill_runs import CONFIGURATIONS, small_run
+from trainerkit.testing._kill_runs import small_run
 from trainerkit.testing._launch import Order, Plain, Running, Zygote, freeze, kill
 
 # What a run is found doing when it is killed; 'writing': a checkpoint is being staged.
@@ -53,7 +54,8 @@ class _Whole:
 
     folder: Path
     starting: float  # seconds until it trained
-    seconds: float  # in all
+    training: float  # seconds
+    ending: float  # seconds of the test and of what is written about the run
     steps: int
 
 
@@ -123,16 +125,18 @@ class Harness:
 
     def _run_whole(self, configuration: str, name: str, tally: Tally) -> _Whole | None:
         folder = self._new_folder(configuration, name)
-        began = time.monotonic()
         run = self._start(configuration, folder)
-        self._wait(run, lambda: read_phase(folder / "run") != "starting")
-        starting = time.monotonic() - began
-        self._wait(run)
-        seconds = time.monotonic() - began
+        marks = [time.monotonic()]
+        for over in (("starting",), ("starting", "step", "validation", "between"), ()):
+            self._wait(run, lambda over=over: bool(over) and read_phase(folder / "run") not in over)  # type: ignore[misc]
+            marks.append(time.monotonic())
         if not self._ended_well(run, folder, tally):
             return None
-        self.say(f"{configuration}: {name} takes {seconds:.1f} s, {starting:.1f} s of it before it trains")
-        return _Whole(folder / "run", starting, seconds, last_step(folder / "run"))
+        seconds = [later - earlier for earlier, later in pairwise(marks)]
+        self.say(
+            "{}: {} starts for {:.2f} s, trains for {:.2f} s, ends for {:.2f} s".format(configuration, name, *seconds)
+        )
+        return _Whole(folder / "run", *seconds, last_step(folder / "run"))
 
     def _kill_until_finished(self, whole: _Whole, configuration: str, number: int, kills: int, tally: Tally) -> None:
         """One run: killed up to so many times, resumed, compared."""
@@ -213,7 +217,7 @@ class Harness:
         chance = self._chance
         aim = chance.choices(list(self.aims), list(self.aims.values()))[0]
         part, more = chance.random(), chance.random()
-        left = (whole.seconds - whole.starting) * (1 - max(step, 0) / whole.steps)
+        left = whole.training * (1 - max(step, 0) / whole.steps)
 
         if needs_progress:
             self._wait(run, lambda: _newest(checkpoints) != newest, 0.0002)
@@ -221,8 +225,8 @@ class Harness:
             self._sleep(run, part * whole.starting)
         else:
             self._wait(run, lambda: read_phase(folder) != "starting")
-            # Aimed at nothing it may come after training; aimed at something, there must be some of it left.
-            self._sleep(run, part * left * (0.3 if needs_progress else 1.0 if aim == "any" else 0.7))
+            # Aimed at nothing in particular it may come after training; else some of training must be left.
+            self._sleep(run, part * (left + whole.ending if aim == "any" and not needs_progress else 0.6 * left))
             if aim == "writing":
                 self._wait(run, lambda: bool(_staged(checkpoints) - stale), 0.0002)
                 self._sleep(run, more**3 * 0.02)

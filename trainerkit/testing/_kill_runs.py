@@ -35,7 +35,7 @@ CONFIGURATIONS: dict[str, list[str]] = {
     ],
     "early_stopping": [
         "callbacks.early_stopping.patience=2",
-        "callbacks.early_stopping.start_ratio=0.3",
+        "callbacks.early_stopping.start_ratio=0.5",
         # Larger than any improvement: it ends when patience and ratio say so, long before the last epoch.
         "callbacks.early_stopping.min_delta=1000",
     ],
@@ -57,7 +57,7 @@ def small_run(task: str, configuration: str, folder: Path) -> list[str]:
         overrides.append("trainer=cpu")
     return [
         *overrides,
-        "trainer.max_epochs=12",
+        "trainer.max_epochs=6",
         "trainer.log_every_n_steps=3",
         "callbacks.progress_bar=null",
         "+callbacks.beacon._target_=trainerkit.testing._beacon.Beacon",

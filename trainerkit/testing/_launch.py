@@ -1,6 +1,6 @@
 """Runs as processes in a group of their own, started plainly or forked from a process that has imported everything.
 
-`python -m trainerkit` needs seconds to import torch, Lightning and Hydra, a small run less than one. `Zygote` pays once:
+`python -m trainerkit` imports for seconds, a small run takes about one. `Zygote` imports once:
 
     python -m trainerkit.testing._launch        reads an order, forks, tells the process' number and how it ended
 
@@ -8,6 +8,7 @@ What it forks is the process that `python -m trainerkit` is after its imports: n
 has been started, nothing was computed, no file is shared. It calls `trainerkit.cli.main` and ends as Python ends.
 """
 
+import gc
 import json
 import os
 import select
@@ -235,7 +236,13 @@ def _import_everything() -> None:
     import importlib
     import pkgutil
 
-    for name in ("trainerkit.cli", "trainerkit.compose", "trainerkit.run", "trainerkit.data", "trainerkit.testing._beacon"):
+    for name in (
+        "trainerkit.cli",
+        "trainerkit.compose",
+        "trainerkit.run",
+        "trainerkit.data",
+        "trainerkit.testing._beacon",
+    ):
         importlib.import_module(name)
     tasks = importlib.import_module("trainerkit.tasks")
     for module in pkgutil.iter_modules(tasks.__path__, "trainerkit.tasks."):
@@ -247,6 +254,7 @@ def _import_everything() -> None:
 
 if __name__ == "__main__":
     _import_everything()
+    gc.freeze()  # what is imported is nobody's garbage: a fork need not copy it all to find that out
     found = serve()
     if found is not None:
         _become(found)

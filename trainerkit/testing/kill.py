@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainerkit.testing.kill", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m trainerkit.testing.kill", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--task", required=True, help="a choice of the group task")
     parser.add_argument("--kills", type=_count, default=20, help="in all, shared out over the configurations (20)")
     parser.add_argument(
@@ -115,8 +117,8 @@ def _total(tallies: Sequence[Tally]) -> Tally:
 
 
 def _print_row(cells: Sequence[str]) -> None:
-    widths = [max(20, len(cells[0])), *(max(5, len(name)) for name in _COLUMNS[1:])]
-    print("  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]), flush=True)
+    numbers = [cell.rjust(max(5, len(name))) for cell, name in zip(cells[1:], _COLUMNS[1:], strict=True)]
+    print("  ".join([cells[0].ljust(20), *numbers]), flush=True)
 
 
 if __name__ == "__main__":
