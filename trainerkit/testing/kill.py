@@ -36,8 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{options.kills} kills of task={options.task}, --seed {seed}, in {folder}", flush=True)
     say = (lambda text: print(f"  {text}", flush=True)) if options.verbose else (lambda text: None)
     tallies: list[Tally] = []
-    # A scheduler's SIGTERM ends the runs too.
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         with Harness(options.task, folder, seed, aims, options.fresh, options.overrides, say) as harness:
             _print_row(_COLUMNS)
@@ -122,4 +120,5 @@ def _print_row(cells: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # ends the runs too
     sys.exit(main())
