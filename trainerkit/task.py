@@ -104,8 +104,8 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """An epoch that is interrupted goes on with the sums it had."""
-        # A callback saves before `on_train_batch_end` here has ended the window of a log step. In a validation Lightning's
-        # `should_update_logs` speaks of its batches.
+        # A callback saves before `on_train_batch_end` here has ended the window of a log step. Lightning's
+        # `should_update_logs` would speak of a validation's batches in one.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         ends = every > 0 and (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         checkpoint["tracked"] = {

@@ -127,16 +127,19 @@ class Harness:
         folder = self._new_folder(configuration, name)
         run = self._start(configuration, folder)
         marks = [time.monotonic()]
-        for over in (("starting",), ("starting", "step", "validation", "between"), ()):
-            self._wait(run, lambda over=over: bool(over) and read_phase(folder / "run") not in over)  # type: ignore[misc]
-            marks.append(time.monotonic())
+        self._wait(run, lambda: read_phase(folder / "run") != "starting")
+        marks.append(time.monotonic())
+        self._wait(run, lambda: read_phase(folder / "run") == "ending")
+        marks.append(time.monotonic())
+        self._wait(run)
+        marks.append(time.monotonic())
         if not self._ended_well(run, folder, tally):
             return None
-        seconds = [later - earlier for earlier, later in pairwise(marks)]
+        starting, training, ending = (later - earlier for earlier, later in pairwise(marks))
         self.say(
-            "{}: {} starts for {:.2f} s, trains for {:.2f} s, ends for {:.2f} s".format(configuration, name, *seconds)
+            f"{configuration}: {name} starts for {starting:.2f} s, trains for {training:.2f}, ends for {ending:.2f}"
         )
-        return _Whole(folder / "run", *seconds, last_step(folder / "run"))
+        return _Whole(folder / "run", starting, training, ending, last_step(folder / "run"))
 
     def _kill_until_finished(self, whole: _Whole, configuration: str, number: int, kills: int, tally: Tally) -> None:
         """One run: killed up to so many times, resumed, compared."""

@@ -52,7 +52,9 @@ def small_run(task: str, configuration: str, folder: Path) -> list[str]:
         configuration: a name of `CONFIGURATIONS`.
         folder: where data may be written, once.
     """
-    overrides = [f"task={task}", *SMALL.get(task, lambda _: [])(folder), *CONFIGURATIONS[configuration]]
+    overrides = [f"task={task}", *CONFIGURATIONS[configuration]]
+    if task in SMALL:
+        overrides += SMALL[task](folder)
     if configuration != "ddp":
         overrides.append("trainer=cpu")
     return [
