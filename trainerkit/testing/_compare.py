@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -198,12 +197,9 @@ def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def last_step(folder: Path) -> int:
-    """The step of the newest checkpoint that can be read; -1 if there is none."""
-    steps = [-1]
-    for path in (folder / "checkpoints").glob("[!.]*.ckpt"):
-        if numbered := re.fullmatch(r"step-(\d+)", path.stem):
-            steps.append(int(numbered[1]))
-        else:
-            with suppress(Exception):  # `unreadable` says what it is
-                steps.append(int(torch.load(path, map_location="cpu", weights_only=True)["global_step"]))
-    return max(steps)
+    """The newest step that a run can go on from, -1 if there is none; `best.ckpt` alone may be of a later one."""
+    checkpoints = folder / "checkpoints"
+    steps = [int(path.stem.partition("-")[2]) for path in checkpoints.glob("step-*.ckpt")]
+    with suppress(Exception):  # not there, or not readable: `unreadable` says so
+        steps.append(int(torch.load(checkpoints / "last.ckpt", map_location="cpu", weights_only=True)["global_step"]))
+    return max(steps, default=-1)
