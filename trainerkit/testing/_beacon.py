@@ -1,6 +1,8 @@
-"""A callback that lets another process see, at any moment, what a run is doing."""
+"""What a run is doing at any moment, seen from another process: by a callback, and by its files."""
 
 import mmap
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,23 @@ def read_phase(folder: Path) -> str:
     except FileNotFoundError:
         letter = ""
     return PHASES.get(letter, "starting")
+
+
+def staged(checkpoints: Path) -> set[tuple[str, int]]:
+    """Files that are being written, or were when a run was killed: by name and time, for names may come again."""
+    found = set()
+    with suppress(FileNotFoundError), os.scandir(checkpoints) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                with suppress(FileNotFoundError):  # renamed just now
+                    found.add((entry.name, entry.stat(follow_symlinks=False).st_mtime_ns))
+    return found
+
+
+def newest_stat(checkpoints: Path) -> tuple[int, int] | None:
+    """Another one whenever `last.ckpt` is."""
+    try:
+        found = (checkpoints / "last.ckpt").stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

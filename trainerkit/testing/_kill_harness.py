@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from trainerkit.testing._beacon import FILENAME, read_phase
+from trainerkit.testing._beacon import FILENAME, newest_stat, read_phase, staged
 from trainerkit.testing._compare import differences, last_step, unreadable
 from trainerkit.testing._kill_runs import small_run
 from trainerkit.testing._launch import Order, Plain, Running, Zygote, freeze, kill
@@ -21,7 +21,7 @@ PHASES = ("starting", "step", "validation", "writing", "between", "ending")
 # What a kill aims at, and how often. 'any': any moment of training and of what comes after it.
 AIMS = {"starting": 1, "any": 3, "step": 2, "validation": 2, "writing": 4}
 KILLS_A_RUN = 8
-# A run that takes so much longer than the uninterrupted one waits for something for ever.
+# After so long a run, or what is awaited of it, will never come: ranks wait for each other.
 SECONDS_TOO_LONG = 120
 
 
@@ -103,9 +103,7 @@ class Harness:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._running is not None:
-            kill(self._running)
-            self._running.end()
+        self._end_running()
         if self._zygote is not None:
             self._zygote.__exit__()
 
@@ -115,11 +113,15 @@ class Harness:
         tally = Tally(configuration)
         self._plain_started = 0
         self._chance = random.Random(f"{self.seed} {self.task} {configuration}")
-        whole = self._run_whole(configuration, "whole", tally)
-        number = 0
-        while whole is not None and tally.kills < kills and tally.is_good:
-            number += 1
-            self._kill_until_finished(whole, configuration, number, min(KILLS_A_RUN, kills - tally.kills), tally)
+        try:
+            whole = self._run_whole(configuration, "whole", tally)
+            number = 0
+            while whole is not None and tally.kills < kills and tally.is_good:
+                number += 1
+                self._kill_until_finished(whole, configuration, number, min(KILLS_A_RUN, kills - tally.kills), tally)
+        except TimeoutError as error:
+            self._end_running()
+            tally.problems.append(str(error))
         tally.seconds = time.monotonic() - began
         return tally
 
@@ -190,6 +192,12 @@ class Harness:
 
     # One process
 
+    def _end_running(self) -> None:
+        run, self._running = self._running, None
+        if run is not None:
+            kill(run)
+            run.end()
+
     def _start(self, configuration: str, folder: Path) -> Running:
         (folder / "run" / FILENAME).unlink(missing_ok=True)
         arguments = [*small_run(self.task, configuration, self.folder), *self.overrides]
@@ -209,21 +217,21 @@ class Harness:
         limit = time.monotonic() + SECONDS_TOO_LONG
         while run.poll() is None and not until():
             if time.monotonic() > limit:
-                raise TimeoutError(f"a run does not end within {SECONDS_TOO_LONG} s")
+                raise TimeoutError(f"a run waits for something for {SECONDS_TOO_LONG} s; it was killed")
             time.sleep(pause)
 
     def _kill(self, run: Running, folder: Path, whole: _Whole, step: int, needs_progress: bool) -> str | None:
         """Kill a run at a moment by chance; gives what it was doing, None if it was over before."""
         checkpoints = folder / "checkpoints"
-        stale = _staged(checkpoints)
-        newest = _newest(checkpoints)
+        stale = staged(checkpoints)
+        newest = newest_stat(checkpoints)
         chance = self._chance
         aim = chance.choices(list(self.aims), list(self.aims.values()))[0]
         part, more = chance.random(), chance.random()
         left = whole.training * (1 - max(step, 0) / whole.steps)
 
         if needs_progress:
-            self._wait(run, lambda: _newest(checkpoints) != newest, 0.0002)
+            self._wait(run, lambda: newest_stat(checkpoints) != newest, 0.0002)
         if aim == "starting" and not needs_progress:
             self._sleep(run, part * whole.starting)
         else:
@@ -231,14 +239,14 @@ class Harness:
             # Aimed at nothing in particular it may come after training; else some of training must be left.
             self._sleep(run, part * (left + whole.ending if aim == "any" and not needs_progress else 0.6 * left))
             if aim == "writing":
-                self._wait(run, lambda: bool(_staged(checkpoints) - stale), 0.0002)
+                self._wait(run, lambda: bool(staged(checkpoints) - stale), 0.0002)
                 self._sleep(run, more**3 * 0.02)
             elif aim in ("step", "validation"):
                 self._wait(run, lambda: read_phase(folder) == aim, 0.0002)
                 self._sleep(run, more**2 * 0.004)
 
         freeze(run)  # so that what it is doing is known for certain
-        phase = "writing" if _staged(checkpoints) - stale else read_phase(folder)
+        phase = "writing" if staged(checkpoints) - stale else read_phase(folder)
         if kill(run) != -signal.SIGKILL:
             return None
         run.end()
@@ -263,19 +271,3 @@ class Harness:
         folder = self.folder / configuration / name
         folder.mkdir(parents=True)
         return folder
-
-
-def _staged(checkpoints: Path) -> set[str]:
-    try:
-        return {name for name in os.listdir(checkpoints) if name.startswith(".")}
-    except FileNotFoundError:
-        return set()
-
-
-def _newest(checkpoints: Path) -> tuple[int, int] | None:
-    """Another one whenever `last.ckpt` is."""
-    try:
-        found = (checkpoints / "last.ckpt").stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns

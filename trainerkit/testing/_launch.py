@@ -1,19 +1,9 @@
-"""Runs as processes in a group of their own, started plainly or forked from a process that has imported everything.
+"""Runs as processes in a group of their own, started plainly or forked from a process that has imported everything."""
 
-`python -m trainerkit` imports for seconds, a small run takes about one. `Zygote` imports once:
-
-    python -m trainerkit.testing._launch        reads an order, forks, tells the process' number and how it ended
-
-What it forks is the process that `python -m trainerkit` is after its imports: no run has been there before, no thread
-has been started, nothing was computed, no file is shared. It calls `trainerkit.cli.main` and ends as Python ends.
-"""
-
-import gc
 import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -63,6 +53,14 @@ def kill(run: Running) -> int:
     return code
 
 
+def status(pid: int) -> int | None:
+    """How a child ended, without reaping it."""
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
 def _state(pid: int) -> str:
     """The letter of a process' state; 'T' is stopped. Where there is no /proc a process stops at once, so to say."""
     try:
@@ -85,7 +83,7 @@ class Plain:
 
     def poll(self) -> int | None:
         """See `Running`. The process is not reaped, so that its number stays its own."""
-        return _status(self.pid)
+        return status(self.pid)
 
     def end(self) -> None:
         """See `Running`."""
@@ -99,7 +97,7 @@ class Zygote:
 
     def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainerkit.testing._launch"],
+            [sys.executable, "-m", "trainerkit.testing._zygote"],
             env=dict(environment), cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
@@ -157,107 +155,3 @@ class Forked:
     def end(self) -> None:
         """See `Running`."""
         self._zygote._ask("end")
-
-
-# In the process that forks
-
-
-def serve() -> Order | None:
-    """Follow orders until the input ends; in a forked process, give its order."""
-    _say(0)
-    while line := sys.stdin.readline():
-        order = Order(**json.loads(line))
-        sys.stdout.flush()
-        pid = os.fork()
-        if pid == 0:
-            return order
-        os.setpgid(pid, pid)  # the child does it too: it is done, whoever comes first
-        _say(pid)
-        _watch(pid)
-    return None
-
-
-def _watch(pid: int) -> None:
-    """Tell how the process ended; kill what is left of its group when told to, or when nobody is there to tell."""
-    handle = os.pidfd_open(pid)
-    ready = select.select([handle, sys.stdin], [], [])[0]
-    os.close(handle)
-    if handle in ready:
-        code = _status(pid)
-        assert code is not None
-        _say(code)
-        sys.stdin.readline()
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    _say(0)
-
-
-def _become(order: Order) -> None:
-    """Make a forked process what the command line would have started."""
-    os.setpgid(0, 0)
-    for source, targets in ((os.open(os.devnull, os.O_RDONLY), [0]), (_open_log(order.log), [1, 2])):
-        for target in targets:
-            os.dup2(source, target)
-        os.close(source)
-    os.chdir(order.folder)
-    sys.argv = [str(Path(__file__).resolve().parents[1] / "__main__.py"), *order.arguments]
-    if order.ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        # As torchrun and others do it: Lightning finds its place in the environment, and starts nobody.
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-        first = os.getpid()
-        rank = next((rank for rank in range(1, order.ranks) if os.getpid() == first and os.fork() == 0), 0)
-        os.environ["LOCAL_RANK"] = str(rank)
-
-
-def _open_log(path: str) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-
-
-def _status(pid: int) -> int | None:
-    """How a child ended, without reaping it."""
-    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if found is None:
-        return None
-    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-
-
-def _say(number: int) -> None:
-    # A pipe whose reader is gone is found out at the next reading.
-    with suppress(BrokenPipeError):
-        print(number, flush=True)
-
-
-def _import_everything() -> None:
-    """What a run imports; it must leave this process with the one thread that a fork keeps."""
-    import importlib
-    import pkgutil
-
-    for name in (
-        "trainerkit.cli",
-        "trainerkit.compose",
-        "trainerkit.run",
-        "trainerkit.data",
-        "trainerkit.testing._beacon",
-    ):
-        importlib.import_module(name)
-    tasks = importlib.import_module("trainerkit.tasks")
-    for module in pkgutil.iter_modules(tasks.__path__, "trainerkit.tasks."):
-        importlib.import_module(module.name)
-    threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
-        raise RuntimeError(f"imports have started {threads - 1} threads, which a fork would not have; use --fresh")
-
-
-if __name__ == "__main__":
-    _import_everything()
-    gc.freeze()  # what is imported is nobody's garbage: a fork need not copy it all to find that out
-    found = serve()
-    if found is not None:
-        _become(found)
-        from trainerkit.cli import main
-
-        main(found.arguments)

@@ -9,6 +9,7 @@ that was saved may be gone. docs/kill_harness.md has the rest.
 """
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="trainerkit-kill-")) if options.keep is None else options.keep
     if options.keep is not None and folder.exists() and any(folder.iterdir()):
         _parser().error(f"--keep {folder}: must be a new or an empty folder")
+    if options.fresh is not None and not hasattr(os, "pidfd_open"):
+        _parser().error("--fresh: must be all here, since forking needs Linux")
     aims = AIMS if options.aim is None else {options.aim: 1}
     print(f"{options.kills} kills of task={options.task}, --seed {seed}, in {folder}", flush=True)
     say = (lambda text: print(f"  {text}", flush=True)) if options.verbose else (lambda text: None)
