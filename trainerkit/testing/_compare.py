@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -199,7 +200,8 @@ def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 def last_step(folder: Path) -> int:
     """The newest step that a run can go on from, -1 if there is none; `best.ckpt` alone may be of a later one."""
     checkpoints = folder / "checkpoints"
-    steps = [int(path.stem.partition("-")[2]) for path in checkpoints.glob("step-*.ckpt")]
+    numbers = [re.match(r"step-(\d+)", path.name) for path in checkpoints.glob("step-*.ckpt")]
+    steps = [int(number[1]) for number in numbers if number]
     with suppress(Exception):  # not there, or not readable: `unreadable` says so
         steps.append(int(torch.load(checkpoints / "last.ckpt", map_location="cpu", weights_only=True)["global_step"]))
     return max(steps, default=-1)
