@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from trainerkit.facts import CONFIG_VARIABLE
 from trainerkit.testing._beacon import FILENAME, newest_stat, read_phase, staged
 from trainerkit.testing._compare import differences, last_step, unreadable
 from trainerkit.testing._kill_runs import small_run
@@ -21,6 +22,8 @@ PHASES = ("starting", "step", "validation", "writing", "between", "ending")
 # What a kill aims at, and how often. 'any': any moment of training and of what comes after it.
 AIMS = {"starting": 1, "any": 3, "step": 2, "validation": 2, "writing": 4}
 KILLS_A_RUN = 8
+# What a run in this process, or a launcher around it, may have left in the environment.
+_OF_ANOTHER_RUN = (CONFIG_VARIABLE, "LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # After so long a run, or what is awaited of it, will never come: ranks wait for each other.
 SECONDS_TOO_LONG = 120
 
@@ -92,7 +95,8 @@ class Harness:
         self.say = say
         # What a process that is killed leaves there goes with the folder.
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
-        self._environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder / "tmp")}
+        inherited = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_RUN}
+        self._environment = inherited | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder / "tmp")}
         self._zygote: Zygote | None = None
         self._running: Running | None = None
         self._plain_started = 0
