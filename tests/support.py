@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from trainerkit.testing.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,9 +138,3 @@ def two_processes(work: Callable[[int], object], folder: Path) -> list[dict]:
         outcomes.append(json.loads(file.read_text()) if file.exists() else {"error": "it neither ended nor raised"})
         file.unlink(missing_ok=True)
     return outcomes
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]

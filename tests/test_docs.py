@@ -24,8 +24,9 @@ SHORT = [
     "trainer.limit_test_batches=1", "callbacks.progress_bar=null",
     "callbacks.reconstruction_report.pictures=false",
 ]  # fmt: skip
-# CI runs the first of these as they are (.ci/run); benchmarks are run by hand, and imported below.
+# CI runs the first of these as they are (.ci/run); benchmarks are run by hand, and imported below; test_kill.py kills.
 BY_CI = ("pip install", ".ci/run", "pytest tests/callbacks", "ruff check", "python -m tests.benchmarks")
+BY_CI += ("python -m trainerkit.testing.kill",)
 
 
 def blocks(page, language):

@@ -1,13 +1,38 @@
 """Task: metrics that wait on the device, and what comes out in the end."""
 
+import itertools
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ToyModule, toy_loader, toy_trainer
 from trainerkit.optim import warmup_cosine
 from trainerkit.task import Task
+
+
+class Positioned:
+    """A loader that goes on where a checkpoint stood."""
+
+    def __init__(self, loader):
+        self.loader, self.given, self.skip = loader, 0, 0
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        self.given, skip, self.skip = self.skip, self.skip, 0
+        for batch in itertools.islice(self.loader, skip, None):
+            self.given += 1
+            yield batch
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, state):
+        self.skip = state["given"]
 
 
 class Tracks(Task):
@@ -55,6 +80,37 @@ def test_the_step_metric_is_the_mean_since_the_last_log_step(tmp_path):
     fit(tmp_path, Watches([1.0, 3.0, 5.0, 9.0]), rows=32, log_every_n_steps=2)
     assert [value for name, value in seen if name == "train/loss_step"] == [2.0, 7.0]
     assert [value for name, value in seen if name == "train/loss"] == [4.5]
+
+
+class SavesAfter(Checkpoint):
+    """Saves after a batch, as checkpoints do: before the module's own hook of the batch's end."""
+
+    def __init__(self, batch, path):
+        self.batch, self.path = batch, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("batch", range(5))
+def test_the_step_metric_of_a_resumed_run_is_the_uninterrupted_ones(tmp_path, batch):
+    class Watches(Tracks):
+        def log(self, name, value, **options):
+            seen.append((name, self.trainer.fit_loop.batch_idx, value))
+            super().log(name, value, **options)
+
+    def run(callbacks, **options):
+        trainer = toy_trainer(tmp_path, callbacks, max_epochs=1, log_every_n_steps=2)
+        trainer.fit(Watches([1.0, 3.0, 5.0, 9.0, 4.0, 8.0]), train_dataloaders=Positioned(toy_loader(48)), **options)
+
+    seen = []
+    run([SavesAfter(batch, tmp_path / "cut.ckpt")])
+    whole = seen
+    seen = []
+    run([], ckpt_path=tmp_path / "cut.ckpt")
+    assert len(whole) == 4  # after batches 1, 3 and 5, and the epoch's
+    assert seen == [entry for entry in whole if entry[1] > batch]
 
 
 def test_epochs_do_not_mix_and_max_steps_ends_one_early(tmp_path):

@@ -104,8 +104,14 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """An epoch that is interrupted goes on with the sums it had."""
+        # A callback saves before `on_train_batch_end` here has ended the window of a log step. Lightning's
+        # `should_update_logs` would speak of a validation's batches in one.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        ends = every > 0 and (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         checkpoint["tracked"] = {
-            name: meter.state(self._sum_over_ranks) for name, meter in self._meters.items() if name.startswith("train/")
+            name: meter.state(self._sum_over_ranks, ends)
+            for name, meter in self._meters.items()
+            if name.startswith("train/")
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -163,10 +169,11 @@ class _Meter:
             return total
         return total / weight if weight else float("nan")
 
-    def state(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> dict[str, Any]:
+    def state(self, sum_over_ranks: Callable[[list[float]], list[float]], window_ends: bool) -> dict[str, Any]:
         self._collect()
-        numbers = sum_over_ranks([self._sum, self._weight, self._window_sum, self._window_weight])
-        return {"reduction": self.reduction, "numbers": numbers}
+        # The first rank writes and reads this, and logs its own window.
+        window = [0.0, 0.0] if window_ends else [self._window_sum, self._window_weight]
+        return {"reduction": self.reduction, "numbers": [*sum_over_ranks([self._sum, self._weight]), *window]}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "_Meter":

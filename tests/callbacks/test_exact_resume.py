@@ -29,7 +29,7 @@ from trainerkit.callbacks import ExactResume
 from trainerkit.callbacks._inexact import inexact_reasons
 from trainerkit.callbacks.exact_resume import random_state, set_random_state
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches, SeededSamples
-from trainerkit.testing.processes import _free_port
+from trainerkit.testing.processes import free_port
 from trainerkit.trainer import Trainer
 
 ROWS, BATCH = 20, 4
@@ -451,7 +451,7 @@ def test_resuming_is_exact_in_two_processes(tmp_path):
 
 def in_two_processes(function, folder):
     """What a function of the rank gives in each of two forked processes that find each other by gloo."""
-    context, port = multiprocessing.get_context("fork"), _free_port()
+    context, port = multiprocessing.get_context("fork"), free_port()
 
     def run(rank):
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -1,0 +1,97 @@
+"""What the kill harness runs: each task small, in the ways that a resume has to be exact in."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+# Steps often enough that a kill falls between two checkpoints of one epoch.
+SAVE_EVERY = 3
+
+# Overrides by name. What they change goes with any task; a check of everything that a resume could forget.
+CONFIGURATIONS: dict[str, list[str]] = {
+    "plain": [],
+    "workers": ["data.num_workers=2"],
+    "ema_accumulation": [
+        "callbacks.ema.decay=0.9",
+        "callbacks.ema.warmup=false",
+        "callbacks.ema.every_n_steps=2",
+        "callbacks.ema.start_step=3",
+        # The last window of an epoch is shorter.
+        "trainer.accumulate_grad_batches=3",
+    ],
+    "unfreezing_epochs": [
+        "callbacks=[default,progressive_unfreezing]",
+        "callbacks.progressive_unfreezing.every_n_epochs=2",
+        "callbacks.progressive_unfreezing.warmup_steps=15",
+    ],
+    "unfreezing_steps": [
+        "callbacks=[default,progressive_unfreezing]",
+        "callbacks.progressive_unfreezing.every_n_steps=7",
+        "callbacks.progressive_unfreezing.warmup_steps=5",
+    ],
+    "early_stopping": [
+        "callbacks.early_stopping.patience=2",
+        "callbacks.early_stopping.start_ratio=0.5",
+        # Larger than any improvement: it ends when patience and ratio say so, long before the last epoch.
+        "callbacks.early_stopping.min_delta=1000",
+    ],
+    "validation_in_epoch": ["trainer.val_check_interval=4"],
+    "asynchronous": ["callbacks.crash_safe_checkpoint.asynchronous=true"],
+    "ddp": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
+}
+
+
+def small_run(task: str, configuration: str, folder: Path) -> list[str]:
+    """The command line of a run of about a second.
+
+    Args:
+        task: a choice of the group `task`; one that is not known here needs overrides that keep it short.
+        configuration: a name of `CONFIGURATIONS`.
+        folder: where data may be written, once.
+    """
+    overrides = [f"task={task}", *CONFIGURATIONS[configuration]]
+    if task in SMALL:
+        overrides += SMALL[task](folder)
+    if configuration != "ddp":
+        overrides.append("trainer=cpu")
+    return [
+        *overrides,
+        "trainer.max_epochs=6",
+        "trainer.log_every_n_steps=3",
+        "callbacks.progress_bar=null",
+        "+callbacks.beacon._target_=trainerkit.testing._beacon.Beacon",
+        f"callbacks.crash_safe_checkpoint.save_every={SAVE_EVERY}",
+        "out_dir=run",
+    ]
+
+
+def _mae(folder: Path) -> list[str]:
+    """400 spectra of 40 bands, ten steps an epoch, three batches to validate."""
+    path = folder / "spectra.npy"
+    if not path.exists():
+        place = np.linspace(0, 2 * np.pi, 40)
+        curves = np.stack([np.sin(k * place + k) for k in (1, 2, 3)])
+        np.save(path, (np.random.default_rng(0).normal(size=(400, 3)) @ curves).astype("float32"))
+    return [
+        "data=spectra",
+        f"data.path={path}",
+        "data.batch_size=32",
+        "data.val_fraction=0.2",
+        "task.network.n_patches=8",
+        "task.network.n_mask=6",
+        "task.network.latent_dim=4",
+        "task.network.d_model=16",
+        "task.network.nhead=2",
+        "task.network.num_layers=1",
+        "task.network.dim_feedforward=32",
+        "task.network.decoder_dim=16",
+        "task.network.decoder_num_layers=1",
+        "task.network.dropout=0.1",
+        "callbacks.reconstruction_report.probes=false",
+        "callbacks.reconstruction_report.pictures=false",
+    ]
+
+
+# The tasks that ship, each with data written into a folder and a network of milliseconds.
+SMALL: dict[str, Callable[[Path], list[str]]] = {"mae": _mae}
