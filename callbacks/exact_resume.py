@@ -87,7 +87,7 @@ class ExactResume(Callback):
         """Say what cannot be exact; go to where the run was."""
         loader = trainer.fit_loop._combined_loader
         assert loader is not None
-        for reason in inexact_reasons(trainer, loader.flattened, self.replay):
+        for reason in dict.fromkeys(inexact_reasons(trainer, loader.flattened, self.replay)):
             rank_zero_warn(f"ExactResume: a resumed run may differ from an uninterrupted one: {reason}")
         if self._restored is None or self._position is None:
             return
@@ -117,7 +117,8 @@ class ExactResume(Callback):
         combined = loop._combined_loader
         assert position is not None
         assert combined is not None
-        place = state["position"]
+        # None: saved when fit was over.
+        place = state.get("position", {"reloaded": loop._last_train_dl_reload_epoch, "batches": None, "ends": False})
         restore_last(trainer, state["logged"])
         loop._last_train_dl_reload_epoch = place["reloaded"]
         loop._combined_loader_states_to_load = []  # those of the first rank; each has its own
@@ -129,7 +130,7 @@ class ExactResume(Callback):
             _validate_if_due(loop)
         else:
             _end_epoch(loop)
-            if place["ended"]:
+            if place.get("ended"):
                 _step_plateau_schedules(loop)
             _begin_next_epoch(loop)
         if position.is_in(place) or place["ends"]:
@@ -141,7 +142,7 @@ class ExactResume(Callback):
         )
 
         def put_back() -> None:
-            position.set_generators(combined._flattened, state["generators"])
+            position.set_generators(combined._flattened, state.get("generators", {}))
             set_random_state(state["random"])
 
         position.before_next_use(put_back)

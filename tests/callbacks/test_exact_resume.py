@@ -494,6 +494,13 @@ def test_the_second_fit_of_a_trainer_is_exact_too(tmp_path, name):
     assert_same(whole, resumed)
 
 
+def test_a_run_goes_on_from_a_checkpoint_that_is_written_when_fit_is_over(tmp_path):
+    whole = fit(tmp_path / "whole", IN_PROCESS["shuffled"])
+    _, trainer, _ = fit(tmp_path / "short", IN_PROCESS["shuffled"], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "over.ckpt")
+    assert_same(whole, fit(tmp_path / "resumed", IN_PROCESS["shuffled"], resume=tmp_path / "over.ckpt", seed=99))
+
+
 def test_after_fit_the_loaders_are_as_they_were(tmp_path):
     given = several("min_size")
     _, trainer, _ = fit(tmp_path, lambda: given)
