@@ -189,7 +189,7 @@ class BatchLoader:
                 num_workers=num_workers,
                 pin_memory=pin_memory,
                 collate_fn=_as_it_is,
-                generator=torch.Generator(),
+                generator=torch.Generator().manual_seed(batches.seed),
                 persistent_workers=True,
             )
 
@@ -199,7 +199,11 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         # A generator starts at its first next(): after Lightning has set the sampler's epoch, workers or not.
         self._given = self.sampler.start
-        for batch in self._loader:
+        batches = iter(self._loader)
+        if isinstance(self._loader, DataLoader) and self._loader.generator is not None:
+            # Workers draw from it once, whenever they start: a resumed run must not be told by that.
+            self._loader.generator.manual_seed(self.sampler.seed)
+        for batch in batches:
             self._given += 1
             yield batch
 
