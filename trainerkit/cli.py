@@ -39,7 +39,8 @@ Flags    -m, --multirun    every combination of comma-separated values
          --config-dir DIR  a folder of your own groups (DIR/task/mine.yaml is task=mine)
          --help            this text
          --version
-Trust    allow=PACKAGE     let configs build classes of another package"""
+Trust    allow=PACKAGE     let configs build classes of another package
+         trust=true        let checkpoints run code (docs/security.md)"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,6 +86,7 @@ def _main(arguments: list[str]) -> None:
     from trainerkit.compose import compose_config
 
     cfg = compose_config(overrides, config_dir)
+    _check_trust(cfg, overrides)
     if flags:
         _hand_to_hydra(flags, overrides, config_dir, trusted)
     else:
@@ -92,6 +94,12 @@ def _main(arguments: list[str]) -> None:
         from trainerkit.run import run
 
         run(cfg, overrides, AllowList(trusted), _again(config_dir, trusted))
+
+
+def _check_trust(cfg: "DictConfig", overrides: list[str]) -> None:
+    """Files are unpickled only if the user says so: a config may be a stranger's, and is not asked."""
+    if cfg.trust is not False and "trust" not in map(_key, overrides):
+        raise UserError(f"trust={cfg.trust}: only the command line may set it, and one of the configs did.")
 
 
 def _again(config_dir: str | None, trusted: list[str]) -> list[str]:
@@ -136,6 +144,7 @@ def _hand_to_hydra(flags: list[str], overrides: list[str], config_dir: str | Non
         from trainerkit.run import run
 
         try:
+            _check_trust(cfg, overrides)  # a config that the sweep chose may have set it
             metrics = run(cfg, list(HydraConfig.get().overrides.task), allow, _again(config_dir, trusted))
         except UserError as error:
             # Hydra would print a traceback.
@@ -159,13 +168,21 @@ def _with_overrides_of_run(overrides: list[str]) -> list[str]:
     path = os.path.join(os.path.expanduser(given["out_dir"]), "overrides.txt")
     if not os.path.exists(path):
         return overrides
-    with open(path, encoding="utf-8") as file:
-        before = [line.strip() for line in file if line.strip()]
-    replaced = {*given, "stage", "resume", "out_dir"}
-    kept = [override for override in before if override.partition("=")[0] not in replaced]
+    try:
+        with open(path, encoding="utf-8") as file:
+            before = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); it is damaged, remove it.") from error
+    # The folder may be a stranger's: what it says on trust, and on Hydra's own parts, does not count.
+    replaced = {*given, "stage", "resume", "out_dir", "trust"}
+    kept = [line for line in before if _key(line) not in replaced and not _key(line).startswith("hydra")]
     if kept:
         print(f"trainerkit: with the run's own {' '.join(kept)}")
     return [*kept, *overrides]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def _no_task(overrides: list[str]) -> str:

@@ -1,7 +1,7 @@
 """The life of a run: config to objects, then fit, validate, test or predict; the only reader of configs."""
 
-import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -20,9 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainerkit.build import build
 from trainerkit.callbacks import CrashSafeCheckpoint, EarlyStopping, History, SavePredictions, StopRequested
+from trainerkit.callbacks.best_weights import load_best_weights
 from trainerkit.errors import UserError
 from trainerkit.facts import WriteFacts, differences, pass_to_children
 from trainerkit.files import write_json
+from trainerkit.loading import TRUST_WARNING, check_checkpoint, read_json, trusting
 from trainerkit.plugins import AllowList
 from trainerkit.trainer import Trainer
 
@@ -46,6 +48,15 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
         StopRequested: if a signal stopped the run; the checkpoint is written and the way on is printed.
     """
     _quiet()
+    if not isinstance(cfg.trust, bool):
+        raise UserError(f"trust={cfg.trust}: must be true or false.")
+    if cfg.trust and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"trainerkit: warning: {TRUST_WARNING}", file=sys.stderr, flush=True)
+    with trusting(cfg.trust):
+        return _run(cfg, overrides, allow, again)
+
+
+def _run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence[str]) -> dict[str, float]:
     if cfg.stage not in STAGES:
         raise UserError(f"stage={cfg.stage}: must be one of {', '.join(STAGES)}.")
     if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
@@ -54,12 +65,14 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
     results_path = out_dir / "results.json"
     checkpoint = _checkpoint(cfg, out_dir)
     if cfg.stage == "fit" and checkpoint is not None and _is_finished(results_path, cfg):
-        results: dict[str, Any] = json.loads(results_path.read_text(encoding="utf-8"))
+        results = _results(results_path)
         print(f"{out_dir} holds a finished run ({results['stopped']}); nothing was changed.")
         _print_metrics(results["metrics"])
         print("To train on, raise trainer.max_epochs (and the patience, if that ended it); else take another out_dir.")
         return dict(results["metrics"])
 
+    if checkpoint is not None and not _is_weights(checkpoint):
+        check_checkpoint(checkpoint, "resume", to_train=cfg.stage == "fit")
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, task, trainer = _build_all(cfg, overrides, out_dir, allow)
     if trainer.world_size > 1:
@@ -68,7 +81,7 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
     with _advice(checkpoint, cfg):
         if cfg.stage == "fit":
             return _fit(cfg, [*again, *overrides], out_dir, trainer, task, data, checkpoint)
-        return _evaluate(str(cfg.stage), trainer, task, data, checkpoint)
+        return _evaluate(cfg, trainer, task, data, checkpoint)
 
 
 def _build_all(
@@ -139,7 +152,7 @@ def _fit(
     checkpoint: Path | None,
 ) -> dict[str, float]:
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=not cfg.trust)
     except StopRequested as stop:
         step = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         _say(
@@ -154,7 +167,7 @@ def _fit(
     best = next((c.best_model_path for c in checkpoints), "")
     last = next((c.last_model_path for c in checkpoints), "")
     if (best or last) and _can_test(task, data):
-        trainer.test(task, datamodule=data, ckpt_path=best or last, verbose=False)
+        trainer.test(task, datamodule=data, ckpt_path=best or last, verbose=False, weights_only=not cfg.trust)
         metrics |= _metrics(trainer)
     if trainer.is_global_zero:
         limits = {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps}
@@ -170,16 +183,20 @@ def _fit(
 
 
 def _evaluate(
-    stage: str, trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: Path | None
+    cfg: DictConfig, trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: Path | None
 ) -> dict[str, float]:
-    if stage == "predict":
-        trainer.predict(task, datamodule=data, ckpt_path=checkpoint, return_predictions=False)
+    if checkpoint is not None and _is_weights(checkpoint):
+        load_best_weights(checkpoint, task)
+        checkpoint = None
+    options: dict[str, Any] = {"datamodule": data, "ckpt_path": checkpoint, "weights_only": not cfg.trust}
+    if cfg.stage == "predict":
+        trainer.predict(task, return_predictions=False, **options)
         for callback in trainer.callbacks:
             if isinstance(callback, SavePredictions):
                 _say(trainer, "\n".join(["Wrote", *(f"  {path}" for path in callback.paths)]))
         return {}
-    evaluate = trainer.validate if stage == "validate" else trainer.test
-    evaluate(task, datamodule=data, ckpt_path=checkpoint, verbose=False)
+    evaluate = trainer.validate if cfg.stage == "validate" else trainer.test
+    evaluate(task, verbose=False, **options)
     metrics = _metrics(trainer)
     if trainer.is_global_zero:
         _print_metrics(metrics)
@@ -210,6 +227,11 @@ def _checkpoint(cfg: DictConfig, out_dir: Path) -> Path | None:
     path = Path(str(cfg.resume)).expanduser()
     if not path.is_file():
         raise UserError(f"resume={cfg.resume}: there is no such file; must be auto, null or the path of a checkpoint.")
+    if cfg.stage == "fit" and _is_weights(path):
+        raise UserError(
+            f"resume={path}: holds weights alone, and training goes on from a checkpoint with its optimizer and counters.\n"
+            "To start from these weights, take task.network.weights where the task has it."
+        )
     if cfg.stage == "fit" and found.exists() and path.resolve().parent != found.resolve().parent:
         raise UserError(
             f"resume={path}: {out_dir} holds another run, which would be overwritten; take another out_dir."
@@ -217,10 +239,19 @@ def _checkpoint(cfg: DictConfig, out_dir: Path) -> Path | None:
     return path
 
 
+def _is_weights(path: Path) -> bool:
+    """Whether a file is one that `BestWeights` writes, not a checkpoint."""
+    return path.name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _results(path: Path) -> dict[str, Any]:
+    return read_json(path, "out_dir", "stopped", "finished", "limits", "metrics")
+
+
 def _is_finished(results_path: Path, cfg: DictConfig) -> bool:
     if not results_path.exists():
         return False
-    results = json.loads(results_path.read_text(encoding="utf-8"))
+    results = _results(results_path)
     if not results["finished"]:
         return False
     return bool(results["limits"] == {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps})
