@@ -5,7 +5,8 @@ Help, listings and errors about the config need neither torch nor Lightning, and
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from trainerkit.errors import UserError, nearest
@@ -45,9 +46,15 @@ Trust    allow=PACKAGE     let configs build classes of another package
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 for what the user can put right, 128 + n after signal n."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with answering():
+        _main(list(sys.argv[1:] if argv is None else argv))
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Say what the user can put right, and exit with 2; a bug keeps its traceback."""
     try:
-        _main(arguments)
+        yield
     except UserError as error:
         print(f"trainerkit: {error}", file=sys.stderr)
         sys.exit(2)
@@ -84,7 +91,10 @@ def _main(arguments: list[str]) -> None:
         raise UserError(_no_task(overrides))
 
     from trainerkit.compose import compose_config
+    from trainerkit.hydra_parts import check_search_path
 
+    if config_dir is not None:
+        check_search_path(config_dir)
     cfg = compose_config(overrides, config_dir)
     _check_trust(cfg, overrides)
     if flags:
@@ -105,12 +115,6 @@ def _check_trust(cfg: "DictConfig", overrides: list[str]) -> None:
 def _again(config_dir: str | None, trusted: list[str]) -> list[str]:
     """What a command that goes on needs beside the overrides."""
     return [*(["--config-dir", config_dir] if config_dir else []), *(f"allow={name}" for name in trusted)]
-
-
-def _is_sweep(override: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return bool(OverridesParser.create().parse_overrides([override])[0].is_sweep_override())
 
 
 def _run_as_child(trusted: list[str]) -> bool:
@@ -135,7 +139,8 @@ def _hand_to_hydra(flags: list[str], overrides: list[str], config_dir: str | Non
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from trainerkit.compose import CONFIG_MODULE, CONFIG_NAME, check_hydra
+    from trainerkit.compose import CONFIG_MODULE, CONFIG_NAME
+    from trainerkit.hydra_parts import check_hydra
     from trainerkit.plugins import AllowList, register_search_path
 
     def job(cfg: "DictConfig") -> float | None:
@@ -154,7 +159,7 @@ def _hand_to_hydra(flags: list[str], overrides: list[str], config_dir: str | Non
         return metrics.get("val/loss")
 
     allow = AllowList(trusted)
-    check_hydra([override for override in overrides if not _is_sweep(override)], allow, config_dir)
+    check_hydra(overrides, allow, config_dir)
     register_search_path(config_dir)
     sys.argv = [sys.argv[0], *flags, *overrides]
     hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")(job)()

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainerkit.errors import UserError, did_you_mean, either, nearest
-from trainerkit.plugins import AllowList, register_search_path
+from trainerkit.plugins import register_search_path
 
 CONFIG_MODULE = "trainerkit.configs"
 CONFIG_NAME = "train"
@@ -38,7 +38,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
         try:
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
         except HydraException as error:
-            raise UserError(_first_lines(error)) from error
+            raise UserError(first_lines(error)) from error
         groups = set(_groups(loader))
         for override in parsed:
             _check_group(override, groups, loader)
@@ -47,28 +47,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
         try:
             return compose(CONFIG_NAME, overrides=chosen)
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_first_lines(error)) from error
-
-
-def check_hydra(overrides: list[str], allow: AllowList, config_dir: str | None = None) -> None:
-    """Check what Hydra itself would build for a sweep: its own parts, or what is trusted; raises `UserError`."""
-    with config_loader(config_dir):
-        node = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True).hydra
-        found = OmegaConf.to_container(node, resolve=False)
-    for key, target in _named_targets(found, "hydra"):
-        if target.partition(".")[0] not in ("hydra", "hydra_plugins"):
-            allow.resolve(target, key)
-
-
-def _named_targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield key, str(node["_target_"])
-        for name, child in node.items():
-            yield from _named_targets(child, f"{key}.{name}")
-    elif isinstance(node, list):
-        for position, child in enumerate(node):
-            yield from _named_targets(child, f"{key}[{position}]")
+            raise UserError(first_lines(error)) from error
 
 
 class config_loader:
@@ -171,7 +150,7 @@ def _check_keys(parsed: list[Override], chosen: list[str], groups: set[str]) -> 
     try:
         config = compose(CONFIG_NAME, overrides=[text for o, text in zip(parsed, chosen, strict=True) if is_choice(o)])
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_first_lines(error)) from error
+        raise UserError(first_lines(error)) from error
     keys = list(_keys(config))
     for override in values:
         key = override.key_or_group
@@ -207,7 +186,7 @@ def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
             yield from _keys(child, f"{key}.")
 
 
-def _first_lines(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
     """Hydra's own message without its search path listing and stack."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return "\n".join(lines[:6])

@@ -29,6 +29,8 @@ from trainerkit.plugins import AllowList
 from trainerkit.trainer import Trainer
 
 STAGES = ("fit", "validate", "test", "predict")
+# What a run reads, so that `~key` cannot take it away.
+_NEEDED = ("stage", "resume", "trust", "seed", "out_dir", "data", "optimizer", "task", "trainer")
 
 
 def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence[str] = ()) -> dict[str, float]:
@@ -48,6 +50,9 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
         StopRequested: if a signal stopped the run; the checkpoint is written and the way on is printed.
     """
     _quiet()
+    gone = [key for key in _NEEDED if key not in cfg]
+    if gone:
+        raise UserError(f"{gone[0]}: cannot be removed; a run needs a value for it.")
     if not isinstance(cfg.trust, bool):
         raise UserError(f"trust={cfg.trust}: must be true or false.")
     if cfg.trust and os.environ.get("LOCAL_RANK", "0") == "0":
