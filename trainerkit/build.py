@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainerkit.errors import UserError, did_you_mean
+from trainerkit.errors import UserError, did_you_mean, first_lines
 from trainerkit.extras import missing_in
 from trainerkit.plugins import AllowList
 from trainerkit.signatures import describe, fits, is_open, parameters, required
@@ -46,6 +46,8 @@ def build(node: Any, key: str, allow: AllowList, **extra: Any) -> Any:
             a value that the constructor refuses, or a missing package; the message names the full key.
     """
     node = _plain(node, key)
+    if not _is_node(node):
+        raise UserError(f"{key}={_show(node)}: must be keys with a _target_.")
     check(node, key, allow, given=frozenset(extra))
     return _build(node, key, allow, extra)
 
@@ -63,8 +65,7 @@ def _plain(node: Any, key: str) -> Any:
     try:
         return OmegaConf.to_container(node, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        lines = str(error).splitlines()
-        raise UserError(f"{key}: {lines[0] if lines else type(error).__name__}") from error
+        raise UserError(f"{key}: {first_lines(error, 1)}.") from error
 
 
 def _build(node: Any, key: str, allow: AllowList, extra: Mapping[str, Any]) -> Any:
@@ -76,7 +77,7 @@ def _build(node: Any, key: str, allow: AllowList, extra: Mapping[str, Any]) -> A
     if "_target_" not in node:
         return {name: _build(child, f"{key}.{name}", allow, {}) for name, child in node.items()}
     target = allow.resolve(node["_target_"], key)
-    values = {name: value for name, value in node.items() if name not in _SPECIAL_KEYS and value != _MISSING} | extra
+    values = {name: value for name, value in node.items() if name not in _SPECIAL_KEYS} | dict(extra)
     positional = node.get("_args_", [])
     if node.get("_recursive_", True):
         positional = _build(positional, f"{key}._args_", allow, {})

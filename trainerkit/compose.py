@@ -10,11 +10,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from trainerkit.errors import UserError, did_you_mean, either, nearest
+from trainerkit.errors import UserError, did_you_mean, either, first_lines, nearest
 from trainerkit.plugins import register_search_path
 
 CONFIG_MODULE = "trainerkit.configs"
@@ -37,7 +35,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
     with config_loader(config_dir) as loader:
         try:
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
-        except HydraException as error:
+        except Exception as error:  # as below
             raise UserError(first_lines(error)) from error
         groups = set(_groups(loader))
         for override in parsed:
@@ -46,7 +44,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
         _check_keys(parsed, chosen, groups)
         try:
             return compose(CONFIG_NAME, overrides=chosen)
-        except (HydraException, OmegaConfBaseException) as error:
+        except Exception as error:  # also ValueError and AssertionError, for what its grammar lets through
             raise UserError(first_lines(error)) from error
 
 
@@ -149,7 +147,7 @@ def _check_keys(parsed: list[Override], chosen: list[str], groups: set[str]) -> 
     tops = {group.partition("/")[0] for group in groups}
     try:
         config = compose(CONFIG_NAME, overrides=[text for o, text in zip(parsed, chosen, strict=True) if is_choice(o)])
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # as above
         raise UserError(first_lines(error)) from error
     keys = list(_keys(config))
     for override in values:
@@ -184,9 +182,3 @@ def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
         child = None if OmegaConf.is_missing(node, name) else node._get_node(name)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
             yield from _keys(child, f"{key}.")
-
-
-def first_lines(error: Exception) -> str:
-    """Hydra's own message without its search path listing and stack."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return "\n".join(lines[:6])

@@ -12,12 +12,10 @@ from typing import Any
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from trainerkit.compose import CONFIG_NAME, config_loader, first_lines
-from trainerkit.errors import UserError
+from trainerkit.compose import CONFIG_NAME, config_loader
+from trainerkit.errors import UserError, first_lines
 from trainerkit.plugins import AllowList
 
 # What a logging config may build. Named one by one: `logging` also leads to `logging.os.system`.
@@ -79,15 +77,16 @@ def check_hydra(overrides: list[str], allow: AllowList, config_dir: str | None =
                 for text in _texts(override)[1 if position < len(parsed) else 0 :]:
                     rest = [_texts(other)[0] for other in parsed if other.key_or_group != override.key_or_group]
                     _check(_composed([*rest, text]), allow, overrides)
-        except (HydraException, OmegaConfBaseException) as error:
+        except UserError:
+            raise
+        except Exception as error:  # as in compose.py
             raise UserError(first_lines(error)) from error
 
 
 def _composed(overrides: list[str]) -> dict[str, Any]:
     node = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True).hydra
-    found = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(found, dict)
-    return found
+    found: Any = OmegaConf.to_container(node, resolve=False)
+    return dict(found)
 
 
 def _of_sweeper(parser: OverridesParser, found: dict[str, Any]) -> list[Override]:

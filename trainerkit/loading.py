@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainerkit.errors import UserError
+from trainerkit.errors import UserError, first_lines
 
 TRUST_WARNING = (
     "trust=true: files are unpickled whole, which runs whatever code their makers put into them, with your rights."
@@ -226,5 +226,5 @@ def _are_sizes(values: Any) -> bool:
 
 def _reason(error: BaseException) -> str:
     """The first line of an error, short enough for a screen."""
-    line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line.partition('. ')[0][:200]}".rstrip(": .")
+    name, line = type(error).__name__, first_lines(error, 1)
+    return name if line == name else f"{name}: {line.partition('. ')[0].rstrip('.')}"

@@ -5,29 +5,32 @@ import os
 import re
 import shlex
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainerkit.build import build
 from trainerkit.callbacks import CrashSafeCheckpoint, EarlyStopping, History, SavePredictions, StopRequested
 from trainerkit.callbacks.best_weights import load_best_weights
-from trainerkit.errors import UserError
+from trainerkit.errors import UserError, first_lines
 from trainerkit.facts import WriteFacts, differences, pass_to_children
 from trainerkit.files import write_json
 from trainerkit.loading import TRUST_WARNING, check_checkpoint, read_json, trusting
 from trainerkit.plugins import AllowList
 from trainerkit.trainer import Trainer
 
+_Kind = TypeVar("_Kind")
 STAGES = ("fit", "validate", "test", "predict")
 # What a run reads, so that `~key` cannot take it away.
 _NEEDED = ("stage", "resume", "trust", "seed", "out_dir", "data", "optimizer", "task", "trainer")
@@ -50,22 +53,42 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
         StopRequested: if a signal stopped the run; the checkpoint is written and the way on is printed.
     """
     _quiet()
-    gone = [key for key in _NEEDED if key not in cfg]
-    if gone:
-        raise UserError(f"{gone[0]}: cannot be removed; a run needs a value for it.")
-    if not isinstance(cfg.trust, bool):
-        raise UserError(f"trust={cfg.trust}: must be true or false.")
+    _check_settings(cfg)
     if cfg.trust and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"trainerkit: warning: {TRUST_WARNING}", file=sys.stderr, flush=True)
     with trusting(cfg.trust):
         return _run(cfg, overrides, allow, again)
 
 
+def _check_settings(cfg: DictConfig) -> None:
+    """Refuse what is wrong at the top level, before anything is looked for or made."""
+    values: dict[str, Any] = {}
+    for key in _NEEDED:
+        try:
+            values[key] = cfg[key]
+        except OmegaConfBaseException as error:
+            raise UserError(f"{key}: {first_lines(error, 1)}.") from error
+    if values["trust"] is not True and values["trust"] is not False:
+        raise UserError(f"trust={values['trust']}: must be true or false.")
+    if values["stage"] not in STAGES:
+        raise UserError(f"stage={values['stage']}: must be one of {', '.join(STAGES)}.")
+    seed = values["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed}: must be a whole number from 0 to 4294967295.")
+    for key in ("out_dir", "resume"):
+        text = values[key]
+        if isinstance(text, DictConfig | ListConfig) or (text is None and key == "out_dir") or "\0" in str(text):
+            raise UserError(f"{key}={text}: must be a path.")
+        try:
+            Path(str(text)).expanduser().exists()
+        except (OSError, RuntimeError) as error:  # too long a name; ~user without a home
+            raise UserError(f"{key}={text}: cannot be used ({error}).") from error
+    for key in ("data", "optimizer", "task", "trainer"):
+        if not isinstance(values[key], DictConfig):
+            raise UserError(f"{key}={values[key]}: a run needs one; choose by {key}=NAME, see --help.")
+
+
 def _run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence[str]) -> dict[str, float]:
-    if cfg.stage not in STAGES:
-        raise UserError(f"stage={cfg.stage}: must be one of {', '.join(STAGES)}.")
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed}: must be a whole number from 0 to 4294967295.")
     out_dir = Path(str(cfg.out_dir)).expanduser()
     results_path = out_dir / "results.json"
     checkpoint = _checkpoint(cfg, out_dir)
@@ -93,9 +116,7 @@ def _build_all(
     cfg: DictConfig, overrides: list[str], out_dir: Path, allow: AllowList
 ) -> tuple[LightningDataModule, LightningModule, Trainer]:
     """Build every part, data first: the config may ask it for sizes by `${data_module:…}`."""
-    if cfg.get("data") is None:
-        raise UserError("data: a run needs data; choose one by data=NAME, see --help.")
-    data = build(cfg.data, "data", allow)
+    data = _of_kind(LightningDataModule, build(cfg.data, "data", allow), "data")
     refused: list[UserError] = []
 
     def ask(name: str) -> Any:
@@ -109,34 +130,45 @@ def _build_all(
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
-        raise (refused[0] if refused else UserError(str(error).splitlines()[0])) from error
+        raise (refused[0] if refused else UserError(first_lines(error, 1))) from error
     parts: dict[str, Any] = {"optimizer": build(cfg.optimizer, "optimizer", allow)}
     if cfg.get("scheduler") is not None:
         parts["scheduler"] = build(cfg.scheduler, "scheduler", allow)
-    task = build(cfg.task, "task", allow, **parts)
-    callbacks: list[Callback] = _build_group(cfg, "callbacks", allow)
+    task = _of_kind(LightningModule, build(cfg.task, "task", allow, **parts), "task")
+    callbacks = _build_group(cfg, "callbacks", Callback, allow)
     if cfg.stage == "fit":
         callbacks.append(WriteFacts(cfg, overrides))
     options: dict[str, Any] = {"callbacks": callbacks, "default_root_dir": str(out_dir)}
-    options["logger"] = _build_group(cfg, "logger", allow) or False
+    options["logger"] = _build_group(cfg, "logger", Logger, allow) or False
     # What was not chosen is not there: Lightning would add its own.
     for key, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
         if cfg.trainer.get(key) is None:
             options[key] = any(isinstance(callback, kind) for callback in callbacks)
     node = OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key not in options])
-    trainer = build(node, "trainer", allow, **options)
+    trainer = _of_kind(Trainer, build(node, "trainer", allow, **options), "trainer")
     return data, task, trainer
 
 
-def _build_group(cfg: DictConfig, group: str, allow: AllowList) -> list[Any]:
+def _build_group(cfg: DictConfig, group: str, kind: type[_Kind], allow: AllowList) -> list[_Kind]:
     """The objects of a group of named ones; null removes one."""
+    nodes = cfg.get(group) or {}
+    if not isinstance(nodes, Mapping):
+        raise UserError(f"{group}={nodes}: must be names with keys below them; choose by {group}=NAME, see --help.")
     built = []
-    for name, node in (cfg.get(group) or {}).items():
+    for name in nodes:
+        node = None if OmegaConf.is_missing(nodes, name) else nodes[name]
         if node is None:
             continue
+        key = f"{group}.{name}"
         if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise UserError(f"{group}.{name}={node}: must be null to remove it, or keys with a _target_.")
-        built.append(build(node, f"{group}.{name}", allow))
+            raise UserError(f"{key}={node}: must be null to remove it, or keys with a _target_.")
+        built.append(_of_kind(kind, build(node, key, allow), key))
+    return built
+
+
+def _of_kind(kind: type[_Kind], built: Any, key: str) -> _Kind:
+    if not isinstance(built, kind):
+        raise UserError(f"{key}: must build a {kind.__name__}, not a {type(built).__name__}.")
     return built
 
 
@@ -279,14 +311,30 @@ def _advice(checkpoint: Path | None, cfg: DictConfig) -> Iterator[None]:
         raise
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if checkpoint is None or "Error(s) in loading" not in str(error):
+    except UserError:
+        raise
+    except Exception as error:
+        if checkpoint is None or not _was_restoring(error):
             raise
+        if "Error(s) in loading" not in str(error):
+            raise UserError(
+                f"resume={checkpoint}: cannot be restored into this run ({type(error).__name__}: {first_lines(error, 1)}).\n"
+                "It was made by another task, with other callbacks, or changed since."
+            ) from error
         lines = differences(checkpoint, cfg, "task") or [str(error).splitlines()[1].strip()]
         listing = "\n".join(f"  {line}" for line in lines)
         raise UserError(
             f"{checkpoint} does not fit this config.\n{listing}\nGive it the values it was trained with."
         ) from error
+
+
+def _was_restoring(error: Exception) -> bool:
+    """Whether an error comes out of reading a checkpoint or of handing its parts out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(
+        frame.filename.endswith("checkpoint_connector.py") or frame.name in ("load_best_weights", "_load_state_dicts")
+        for frame in frames
+    )
 
 
 def _can_test(task: LightningModule, data: LightningDataModule) -> bool:
