@@ -120,6 +120,8 @@ def _check_group(override: Override, groups: set[str], loader: ConfigLoader) -> 
 def _chosen(override: Override) -> Iterator[Any]:
     """Every choice that an override of a group names: one, a list, or the values of a sweep."""
     if override.is_sweep_override():
+        if not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line}: must be a choice, or several separated by commas.")
         for text in override.sweep_string_iterator():
             yield from str(text).strip("[]").split(",")
         return
@@ -132,6 +134,8 @@ def _single(override: Override) -> str:
     text = str(override.input_line)
     if not override.is_sweep_override():
         return text
+    if not override.is_discrete_sweep():  # a range of numbers, for a sweeper that draws
+        return f"{text.partition('=')[0]}=0"
     return f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
 
 

@@ -72,11 +72,11 @@ def check_hydra(overrides: list[str], allow: AllowList, config_dir: str | None =
             for override in swept:
                 if override.is_sweep_override() and override.is_hydra_override():
                     raise UserError(f"{override.input_line}: Hydra's own keys cannot be swept over.")
-            _check(first, allow, overrides)
+            check_node(first, allow, overrides)
             for position, override in enumerate(swept):
                 for text in _texts(override)[1 if position < len(parsed) else 0 :]:
                     rest = [_texts(other)[0] for other in parsed if other.key_or_group != override.key_or_group]
-                    _check(_composed([*rest, text]), allow, overrides)
+                    check_node(_composed([*rest, text]), allow, overrides)
         except UserError:
             raise
         except Exception as error:  # as in compose.py
@@ -109,7 +109,8 @@ def _texts(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def _check(hydra: dict[str, Any], allow: AllowList, overrides: list[str]) -> None:
+def check_node(hydra: dict[str, Any], allow: AllowList, overrides: list[str]) -> None:
+    """Check one composed node `hydra`; arguments and errors as of `check_hydra`."""
     for key, node in _mappings(hydra, "hydra"):
         if "_target_" in node:
             allow.resolve_for_hydra(str(node["_target_"]), key)
@@ -118,7 +119,7 @@ def _check(hydra: dict[str, Any], allow: AllowList, overrides: list[str]) -> Non
     job = hydra.get("job") or {}
     for name in (*(job.get("env_set") or {}), *(job.get("env_copy") or [])):
         if not any(str(name) in override and "hydra.job.env_" in override for override in overrides):
-            raise UserError(f"hydra.job: a config sets the variable {name} of the environment; only you may.")
+            raise UserError(f"hydra.job.env_set: a config sets the variable {name} of the environment; only you may.")
 
 
 def _check_logging(node: dict[str, Any], key: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -189,10 +190,11 @@ def _checked_header(path: Path, key: str) -> dict[str, str]:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{brief(name)} stands there twice")
+        found[name] = value
     return found
 
 
@@ -201,22 +203,22 @@ def _wrong_places(header: dict[str, Any], size: int) -> str | None:
     places = []
     for name, entry in header.items():
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            return f"{name!r} has no dtype, shape and data_offsets"
+            return f"{brief(name)} has no dtype, shape and data_offsets"
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
-            return f"{name!r} has the unknown dtype {dtype!r}"
+            return f"{brief(name)} has the unknown dtype {brief(dtype)}"
         if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            return f"{name!r} has an impossible shape or place: {shape}, {offsets}"
+            return f"{brief(name)} has an impossible shape or place: {brief(shape)}, {brief(offsets)}"
         if offsets[1] > size:
-            return f"{name!r} ends at byte {offsets[1]} of the data, which has {size}"
+            return f"{brief(name)} ends at byte {offsets[1]} of the data, which has {size}"
         if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-            return f"{name!r} of shape {shape} and dtype {dtype} does not fit into {offsets[1] - offsets[0]} bytes"
+            return f"{brief(name)} of shape {brief(shape)} and dtype {dtype} does not fit into {offsets[1] - offsets[0]} bytes"
         places.append((offsets[0], offsets[1], name))
     end, before = 0, "the beginning"
     for start, stop, name in sorted(places):
         if start != end:
-            return f"{name!r} {'overlaps' if start < end else 'leaves a gap after'} {before!r}"
-        end, before = stop, name
+            return f"{brief(name)} {'overlaps' if start < end else 'leaves a gap after'} {before}"
+        end, before = stop, brief(name)
     return None if end == size else f"{size - end} bytes at the end belong to no tensor"
 
 

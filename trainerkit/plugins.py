@@ -165,6 +165,7 @@ def _import_path(path: str) -> Any:
     found: ModuleType | Any = importlib.import_module(parts[0])
     for position, part in enumerate(parts[1:], start=1):
         if not hasattr(found, part) and isinstance(found, ModuleType):
-            importlib.import_module(".".join(parts[: position + 1]))
-        found = getattr(found, part)
+            found = importlib.import_module(".".join(parts[: position + 1]))
+        else:
+            found = getattr(found, part)
     return found

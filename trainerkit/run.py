@@ -24,6 +24,7 @@ from trainerkit.build import build
 from trainerkit.callbacks import CrashSafeCheckpoint, EarlyStopping, History, SavePredictions, StopRequested
 from trainerkit.callbacks.best_weights import load_best_weights
 from trainerkit.errors import UserError, first_lines
+from trainerkit.extras import missing_in
 from trainerkit.facts import WriteFacts, differences, pass_to_children
 from trainerkit.files import write_json
 from trainerkit.loading import TRUST_WARNING, check_checkpoint, read_json, trusting
@@ -311,6 +312,8 @@ def _advice(checkpoint: Path | None, cfg: DictConfig) -> Iterator[None]:
         raise
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ModuleNotFoundError as error:  # of a callback that looks for its package when the run starts
+        raise missing_in(error, "This run") from error
     except UserError:
         raise
     except Exception as error:

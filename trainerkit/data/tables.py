@@ -54,6 +54,9 @@ def read_table(path: str | Path, label: str | None = None, header: bool | None =
     except UserError:
         raise
     except Exception as error:  # zip, zlib, csv and NumPy raise many kinds for a file that is damaged
+        if "Python objects" in str(error) or "Object arrays" in str(error):
+            text = "holds Python objects, which are not read because they can run code"
+            raise UserError(f"{path}: {text}.") from error
         raise UserError(f"{path}: cannot be read as {path.suffix} ({first_lines(error, 1)}).") from error
     table = _numbers(table, path)
     if labels is not None and labels.shape != (len(table),):
@@ -118,13 +121,8 @@ def _read_npz(path: Path, label: str | None) -> tuple[Table, Table | None]:
     with archive:
         if label is not None and label not in archive:
             raise UserError(f"{path}: has no array {label}; it has {', '.join(archive)}.")
-        try:
-            arrays = {name: archive[name] for name in archive}
-        except ValueError as error:
-            if "allow_pickle" not in str(error):
-                raise
-            raise UserError(f"{path}: holds Python objects, which are not read because they can run code.") from error
-        arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+        members = {name: archive[name] for name in archive}
+        arrays = {name: array for name, array in members.items() if isinstance(array, np.ndarray)}
         tables = [array for name, array in arrays.items() if name != label and array.ndim == 2]
         labels = arrays.get(label) if label is not None else None
         if not tables:
