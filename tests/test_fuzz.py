@@ -3,23 +3,35 @@
 import contextlib
 import copy
 import difflib
+import functools
 import io
+import json
 import resource
+import struct
 import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import save
 
 from tests.support import SMALL_MAE, smooth_spectra
+from trainerkit.callbacks.best_weights import load_best_weights
+from trainerkit.cli import answering, main
 from trainerkit.compose import _keys, compose_config
+from trainerkit.data.tables import check_finite, read_table
+from trainerkit.errors import UserError
+from trainerkit.loading import check_checkpoint, read_json, read_pickle
+from trainerkit.plugins import AllowList
+from trainerkit.run import run as run_config
 
 SHORT = settings(
     max_examples=150,
@@ -52,16 +64,11 @@ def limited_memory(spare=3 * 2**30):
 
 def run(arguments):
     """The command line in this process; gives exit code and what stderr says."""
-    from trainerkit.cli import main
-
     return outcome(lambda: main(arguments))
 
 
 def run_with(texts):
     """The same without Hydra's composing, which takes most of the time: values set in a config composed before."""
-    from trainerkit.cli import answering
-    from trainerkit.plugins import AllowList
-    from trainerkit.run import run
 
     def call():
         cfg = copy.deepcopy(COMPOSED)
@@ -71,10 +78,9 @@ def run_with(texts):
             except OmegaConfBaseException:
                 return  # the first change took away what the second would set
         with answering():
-            run(cfg, [], AllowList())
+            run_config(cfg, [], AllowList())
 
     return outcome(call)
-
 
 
 def outcome(call):
@@ -115,7 +121,14 @@ COMPOSED = compose_config(BASE)
 KEYS = sorted(_keys(COMPOSED))
 GROUPS = ["task", "data", "optimizer", "scheduler", "callbacks", "trainer", "logger", "experiment", "optimizer@task"]
 # Would start further processes, or build for hours what was asked for.
-LEFT_OUT = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "data.num_workers", "num_layers", "trainer.accelerator")
+LEFT_OUT = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "data.num_workers",
+    "num_layers",
+    "trainer.accelerator",
+)
 
 ODD = [
     "", " ", "null", "true", "false", "???", "nan", "inf", "-inf", "1e400", "-1", "0", "1", "2", "3", "7", "0.5", "-0.5",
@@ -137,7 +150,9 @@ def misspelt(draw, words):
     if how == 0:
         return word[:place] + word[place + 1 :]
     if how == 1:
-        return word[:place] + draw(st.sampled_from([".", "..", "_", "/", "@", " ", "=", "é", "1", "[0]"])) + word[place:]
+        return (
+            word[:place] + draw(st.sampled_from([".", "..", "_", "/", "@", " ", "=", "é", "1", "[0]"])) + word[place:]
+        )
     if how == 2:
         return word.upper()
     if how == 3:
@@ -185,7 +200,9 @@ def as_hydra_reads(text):
 
 
 settings_of_keys = st.lists(
-    st.tuples(st.sampled_from(KEYS).filter(lambda key: not is_left_out(key)), values.map(as_hydra_reads)), min_size=1, max_size=2
+    st.tuples(st.sampled_from(KEYS).filter(lambda key: not is_left_out(key)), values.map(as_hydra_reads)),
+    min_size=1,
+    max_size=2,
 )
 
 overrides = st.lists(
@@ -197,12 +214,31 @@ overrides = st.lists(
 
 @given(settings_of_keys)
 @SHORT
+@example([("trainer", "a")])
+@example([("callbacks", True)])
+@example([("callbacks.best_weights", "???")])
+@example([("callbacks.save_predictions", {"_target_": "torch.nn.Identity"})])
+@example([("task", "é")])
+@example([("optimizer", 1)])
+@example([("data.seed", -4)])
+@example([("out_dir", "x" * 300)])
+@example([("out_dir", "a\0b")])
+@example([("out_dir", "~nobody-of-this-name/x")])
+@example([("resume", {"": "${${seed}}"})])
+@example([("task.augment", {"_target_": "torch.nn.Identity", 1: 2})])
+@example([("task.augment", {"_target_": "torch.nn.Identity", "_partial_": 5})])
+@example([("task.augment", {"_target_": "torch.nn.Identity", "_args_": 5})])
 def test_no_value_of_a_key_gives_a_traceback(changes):
     check_outcome(*run_with(changes))
 
 
 @given(overrides)
-@SHORT
+@settings(SHORT, max_examples=40)
+@example(["~data=[${nothing},null]"])
+@example(["~trust"])
+@example(["++experiment=interval(0,1)"])
+@example(["optimizer@task=adam"])
+@example(["seed=1,2", "seed=["])
 def test_no_override_gives_a_traceback(given_overrides):
     check_outcome(*run([*BASE, *given_overrides]))
 
@@ -212,3 +248,109 @@ def test_no_override_gives_a_traceback(given_overrides):
 @LONG
 def test_no_override_gives_a_traceback_at_length(given_overrides):
     check_outcome(*run([*BASE, *given_overrides]))
+
+
+# Files
+
+FILES = ("checkpoint.ckpt", "legacy.pt", "weights.safetensors", "table.npy", "table.npz", "table.csv", "results.json")
+
+
+def read(path):
+    """As a run reads a file of this kind."""
+    if path.suffix == ".ckpt":
+        check_checkpoint(path, "resume", to_train=True)
+    elif path.suffix == ".pt":
+        read_pickle(path, "weights")
+    elif path.suffix == ".safetensors":
+        load_best_weights(path)
+    elif path.suffix == ".json":
+        read_json(path, "out_dir", "metrics", "stopped", "finished", "limits")
+    else:
+        table, _ = read_table(path, label="y" if path.suffix == ".npz" else None)
+        check_finite(table, path)
+
+
+@functools.cache
+def sound(name):
+    """The bytes of a sound file of each kind."""
+    buffer = io.BytesIO()
+    table = smooth_spectra(rows=6, bands=5)
+    state = {"a": torch.arange(6.0), "b": torch.ones(2, 3, dtype=torch.float16)}
+    if name == "checkpoint.ckpt":
+        parts = {"loops": {}, "callbacks": {}, "optimizer_states": [{"state": {0: state}}], "lr_schedulers": []}
+        facts = {"epoch": 1, "global_step": 2, "pytorch-lightning_version": "2.6.6", "hyper_parameters": {"width": 3}}
+        torch.save({"state_dict": state} | facts | parts, buffer)
+    elif name == "legacy.pt":
+        torch.save(state, buffer, _use_new_zipfile_serialization=False)
+    elif name == "weights.safetensors":
+        buffer.write(save(state, {"tied": '{"c": "a"}'}))
+    elif name == "table.npy":
+        np.save(buffer, table)
+    elif name == "table.npz":
+        np.savez_compressed(buffer, x=table, y=np.array(["a", "b"] * 3))
+    elif name == "table.csv":
+        buffer.write("\n".join(["a,b,c,d,e", *(",".join(map(str, row)) for row in table)]).encode())
+    else:
+        buffer.write(json.dumps({"metrics": {"a": 1.5}, "stopped": "", "finished": True, "limits": {}}).encode())
+    return buffer.getvalue()
+
+
+@st.composite
+def damaged(draw):
+    """A sound file with some bytes changed, inserted, repeated or cut off."""
+    name = draw(st.sampled_from(FILES))
+    content = bytearray(sound(name))
+    for _ in range(draw(st.integers(0, 4))):
+        place = draw(st.integers(0, max(0, len(content) - 1)))
+        how = draw(st.sampled_from(["flip", "flip", "set", "number", "insert", "cut", "drop", "repeat"]))
+        if how == "flip" and content:
+            content[place] ^= 1 << draw(st.integers(0, 7))
+        elif how == "set" and content:
+            content[place] = draw(st.integers(0, 255))
+        elif how == "number":
+            content[place : place + 8] = struct.pack(
+                "<Q", draw(st.sampled_from([0, 1, 2**31, 2**32, 2**62, 2**63, 2**64 - 1]))
+            )
+        elif how == "insert":
+            content[place:place] = draw(st.binary(max_size=9))
+        elif how == "cut":
+            del content[place:]
+        elif how == "drop":
+            del content[place : place + draw(st.integers(1, 40))]
+        elif how == "repeat":
+            content[place:place] = content[place : place + draw(st.integers(1, 40))]
+    return name, bytes(content)
+
+
+def check_file(name, content):
+    path = Path("damaged") / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)  # a file that is mapped into memory must not be cut
+    path.write_bytes(content)
+    with warnings.catch_warnings(), limited_memory():
+        warnings.simplefilter("ignore")
+        try:
+            read(path)
+        except UserError as error:
+            assert str(path) in str(error)
+            assert len(str(error).splitlines()) <= 4
+            assert len(str(error)) < 1500
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sound_files_are_read(name, tmp_path):
+    (tmp_path / name).write_bytes(sound(name))
+    read(tmp_path / name)
+
+
+@given(damaged())
+@settings(SHORT, max_examples=300)
+def test_no_damaged_file_gives_a_traceback(file):
+    check_file(*file)
+
+
+@pytest.mark.slow
+@given(damaged())
+@settings(LONG, max_examples=20_000)
+def test_no_damaged_file_gives_a_traceback_at_length(file):
+    check_file(*file)

@@ -180,8 +180,10 @@ def test_weights_alone_are_evaluated_and_nothing_else(stranger, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if "test/mse" in line)
     assert float(line.split()[-1]) == pytest.approx(results["test/mse"], rel=1e-4)
     said = refused([*BARE, "data.path=spectra.npy", "out_dir=new", exported], capsys)
-    assert "holds weights alone, and training goes on from a checkpoint" in said
-    said = refused([*BARE, "data.path=spectra.npy", "stage=test", "out_dir=n", exported, "task.network.latent_dim=5"], capsys)
+    assert "holds weights alone; training goes on from a checkpoint" in said
+    said = refused(
+        [*BARE, "data.path=spectra.npy", "stage=test", "out_dir=n", exported, "task.network.latent_dim=5"], capsys
+    )
     assert "does not fit this config" in said
 
 
@@ -282,15 +284,21 @@ def test_what_hydra_would_run_for_a_sweep_is_refused(text):
 
 
 def test_every_choice_of_a_sweep_is_looked_at_before_the_first_runs(tmp_path):
-    folder = tmp_path / "mine" / "experiment"
-    folder.mkdir(parents=True)
-    (folder / "kind.yaml").write_text("# @package _global_\n# Kind.\nseed: 1\n")
-    (folder / "evil.yaml").write_text(f"# @package _global_\n# Evil.\n{HYDRA['a callback']}\n")
+    texts = {
+        "experiment/kind": "seed: 1",
+        "experiment/evil": HYDRA["a callback"],
+        "experiment/sweeps": "hydra: {sweeper: {params: {optimizer: 'adam,evil'}}}",
+        "optimizer/evil": HYDRA["a callback"],
+    }
+    for name, text in texts.items():
+        path = tmp_path / "mine" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# @package _global_\n# What it is.\n{text}\n")
     mine = str(tmp_path / "mine")
     check_hydra(["task=mae", "experiment=kind", "seed=1,2"], AllowList(), mine)
-    for choice in (["experiment=kind,evil"], ["++hydra.sweeper.params={experiment: 'kind,evil'}"]):
+    for choice in ("experiment=kind,evil", "experiment=sweeps"):
         with pytest.raises(UserError, match=r"hydra.callbacks.x._target_=os.system: configs may build only from"):
-            check_hydra(["task=mae", *choice], AllowList(), mine)
+            check_hydra(["task=mae", choice], AllowList(), mine)
 
 
 def test_what_the_user_says_of_hydra_on_the_command_line_holds(tmp_path):
@@ -305,7 +313,10 @@ def test_what_the_user_says_of_hydra_on_the_command_line_holds(tmp_path):
 def test_a_folder_cannot_send_hydra_elsewhere(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    for text, message in {"hydra: {searchpath: [pkg://evil]}": "only the command line may", "a: [": "cannot be read"}.items():
+    for text, message in {
+        "hydra: {searchpath: [pkg://evil]}": "only the command line may",
+        "a: [": "cannot be read",
+    }.items():
         (tmp_path / "mine" / "train.yaml").write_text(text)
         assert message in refused(["--config-dir", "mine", "task=mae"], capsys)
 

@@ -8,7 +8,6 @@ holds no code, but lengths and offsets that may lie; they are compared with the 
 import json
 import math
 import pickle
-import re
 import struct
 import warnings
 import zipfile
@@ -23,9 +22,15 @@ import torch
 from torch import Tensor
 
 from trainerkit.errors import UserError, first_lines
+from trainerkit.sharded import check_sharded, what_torch_refused
 
 TRUST_WARNING = (
     "trust=true: files are unpickled whole, which runs whatever code their makers put into them, with your rights."
+)
+
+_ADVICE = (
+    "Loading it would do whatever its maker wanted, with your rights. Ask for the weights as .safetensors; or, if "
+    "you trust\nwhoever made this file and how it reached you, add trust=true to the command line."
 )
 
 # Set by run.py alone: no config and no constructor can ask for trust.
@@ -71,7 +76,7 @@ def read_pickle(path: Path, key: str, map_tensors: bool = False) -> Any:
             warnings.simplefilter("ignore")  # about what is refused below
             return torch.load(path, map_location="cpu", weights_only=not _TRUST.get(), mmap=is_zip and map_tensors)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{key}={path}: {_refusal(path, str(error))}") from error
+        raise UserError(f"{key}={path}: {_refusal(path, error)}") from error
     except OSError as error:
         raise UserError(f"{key}={path}: cannot be read ({_reason(error)}).") from error
     except Exception as error:  # zip, pickle and torch raise many kinds for a file that is not what it says
@@ -82,13 +87,17 @@ def check_checkpoint(path: Path, key: str, to_train: bool) -> None:
     """Refuse a checkpoint that holds code, or is none of Lightning's, before anything else is done.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint; a folder if it is one of `torch.distributed.checkpoint`.
         key: the key that named it, for messages.
         to_train: whether the optimizer and the counters are needed as well.
 
     Raises:
         UserError: as `read_pickle`.
     """
+    if path.is_dir():
+        if not _TRUST.get():
+            check_sharded(path, key)
+        return
     content = read_pickle(path, key, map_tensors=True)
     needed = {"state_dict": Mapping, "epoch": int, "global_step": int, "pytorch-lightning_version": str}
     if to_train:
@@ -139,21 +148,16 @@ def _check_sums(path: Path) -> None:
         raise zipfile.BadZipFile(f"the checksum of {bad} is another")
 
 
-def _refusal(path: Path, message: str) -> str:
+def _refusal(path: Path, error: Exception) -> str:
     """What torch refused, in our words."""
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # of a file that is no zip, or whose pickle is broken
-        names = list(dict.fromkeys(re.findall(r"GLOBAL (\w\S+)", message)))
+        names = []
     if not names:
-        reason = message.partition("WeightsUnpickler error:")[2].strip() or message
-        return f"cannot be read without running code from it ({reason.splitlines()[0].rstrip('.')})."
+        return f"cannot be read without running code from it ({what_torch_refused(error)}).\n{_ADVICE}"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (
-        f"holds pickled code, which was not run: {', '.join(names[:3])}{more}.\n"
-        "Loading it would do whatever its maker wanted, with your rights. Ask for the weights as .safetensors; or, if "
-        "you trust\nwhoever made this file and how it reached you, add trust=true to the command line."
-    )
+    return f"holds pickled code, which was not run: {', '.join(names[:3])}{more}.\n{_ADVICE}"
 
 
 def _checked_header(path: Path, key: str) -> dict[str, str]:
@@ -223,7 +227,11 @@ def _wrong_places(header: dict[str, Any], size: int) -> str | None:
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and len(values) <= _MOST_DIMENSIONS and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= _MOST_DIMENSIONS
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
 def _reason(error: BaseException) -> str:

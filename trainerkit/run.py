@@ -267,7 +267,7 @@ def _checkpoint(cfg: DictConfig, out_dir: Path) -> Path | None:
         raise UserError(f"resume={cfg.resume}: there is no such file; must be auto, null or the path of a checkpoint.")
     if cfg.stage == "fit" and _is_weights(path):
         raise UserError(
-            f"resume={path}: holds weights alone, and training goes on from a checkpoint with its optimizer and counters.\n"
+            f"resume={path}: holds weights alone; training goes on from a checkpoint with its optimizer and counters.\n"
             "To start from these weights, take task.network.weights where the task has it."
         )
     if cfg.stage == "fit" and found.exists() and path.resolve().parent != found.resolve().parent:
@@ -320,8 +320,9 @@ def _advice(checkpoint: Path | None, cfg: DictConfig) -> Iterator[None]:
         if checkpoint is None or not _was_restoring(error):
             raise
         if "Error(s) in loading" not in str(error):
+            reason = f"{type(error).__name__}: {first_lines(error, 1)}"
             raise UserError(
-                f"resume={checkpoint}: cannot be restored into this run ({type(error).__name__}: {first_lines(error, 1)}).\n"
+                f"resume={checkpoint}: cannot be restored into this run ({reason}).\n"
                 "It was made by another task, with other callbacks, or changed since."
             ) from error
         lines = differences(checkpoint, cfg, "task") or [str(error).splitlines()[1].strip()]

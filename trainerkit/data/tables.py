@@ -105,7 +105,9 @@ def _numbers(table: Table, path: Path) -> Table:
     if 0 in table.shape:
         raise UserError(f"{path}: has shape {table.shape}; there must be a row and a column at least.")
     if table.dtype.kind not in "fiu" or table.dtype.itemsize > 8:
-        raise UserError(f"{path}: holds {table.dtype}; needed are integers or floating-point numbers of at most 64 bits.")
+        raise UserError(
+            f"{path}: holds {table.dtype}; needed are integers or floating-point numbers of at most 64 bits."
+        )
     return table
 
 
