@@ -1,8 +1,8 @@
 """Files from anywhere, read without running code from them.
 
-A pickle is a program: unpickling a stranger's checkpoint runs whatever it says. So `torch.load` is only ever called with
-`weights_only=True`, which knows tensors and plain Python values, unless the user says `trust=true`. A .safetensors file
-holds no code, but lengths and offsets that may lie; they are compared with the file's size before anything is read.
+A pickle is a program: unpickling a stranger's checkpoint runs whatever it says. So `torch.load` is only ever called
+with `weights_only=True`, which knows tensors and plain Python values, unless the user says `trust=true`. A .safetensors
+file holds no code, but lengths and offsets that may lie; they are compared with the file's size before anything else.
 """
 
 import json
@@ -216,7 +216,8 @@ def _wrong_places(header: dict[str, Any], size: int) -> str | None:
         if offsets[1] > size:
             return f"{brief(name)} ends at byte {offsets[1]} of the data, which has {size}"
         if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-            return f"{brief(name)} of shape {brief(shape)} and dtype {dtype} does not fit into {offsets[1] - offsets[0]} bytes"
+            length = offsets[1] - offsets[0]
+            return f"{brief(name)} of shape {brief(shape)} and dtype {dtype} does not fit into {length} bytes"
         places.append((offsets[0], offsets[1], name))
     end, before = 0, "the beginning"
     for start, stop, name in sorted(places):
