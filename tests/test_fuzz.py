@@ -52,9 +52,13 @@ BASE = [
 
 @contextlib.contextmanager
 def limited_memory(spare=3 * 2**30):
-    """A tensor as large as an override says must fail, not take the machine down."""
+    """A tensor as large as an override says must fail, not take the machine down (where Linux says what is used)."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        yield
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + spare, hard))
     try:
         yield
@@ -233,7 +237,7 @@ def test_no_value_of_a_key_gives_a_traceback(changes):
 
 
 @given(overrides)
-@settings(SHORT, max_examples=40)
+@settings(SHORT, max_examples=25)  # Hydra takes a third of a second for each
 @example(["~data=[${nothing},null]"])
 @example(["~trust"])
 @example(["++experiment=interval(0,1)"])
