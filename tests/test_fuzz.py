@@ -240,6 +240,7 @@ def test_no_value_of_a_key_gives_a_traceback(changes):
 @settings(SHORT, max_examples=25)  # Hydra takes a third of a second for each
 @example(["~data=[${nothing},null]"])
 @example(["~trust"])
+@example(["trust=${nothing}"])
 @example(["++experiment=interval(0,1)"])
 @example(["optimizer@task=adam"])
 @example(["seed=1,2", "seed=["])

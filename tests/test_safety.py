@@ -163,9 +163,11 @@ def test_code_in_a_checkpoint_runs_only_with_trust(stranger, way, capsys):
 
 def test_no_config_and_no_folder_of_a_run_can_say_that_it_is_trusted(stranger, capsys):
     (stranger / "mine" / "experiment").mkdir(parents=True)
-    (stranger / "mine" / "experiment" / "kind.yaml").write_text("# @package _global_\n# Kind.\ntrust: true\n")
     arguments = ["--config-dir", "mine", *SAVING, "data.path=spectra.npy", "out_dir=run", "experiment=kind"]
-    assert "trust=True: only the command line may set it" in refused(arguments, capsys)
+    for value in ("true", "${oc.decode:true}", "${nothing}", "null"):
+        text = f"# @package _global_\n# Kind.\ntrust: {value}\n"
+        (stranger / "mine" / "experiment" / "kind.yaml").write_text(text)
+        assert "trust: only the command line may set it" in refused(arguments, capsys), value
     with open(stranger / "run" / "overrides.txt", "a") as file:
         file.write("trust=true\n++trust=true\nhydra.searchpath=[pkg://nowhere]\n")
     said = refused(["stage=test", "out_dir=run"], capsys)

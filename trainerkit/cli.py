@@ -108,8 +108,12 @@ def _main(arguments: list[str]) -> None:
 
 def _check_trust(cfg: "DictConfig", overrides: list[str]) -> None:
     """Files are unpickled only if the user says so: a config may be a stranger's, and is not asked."""
-    if cfg.get("trust") is not False and "trust" not in map(_key, overrides):
-        raise UserError(f"trust={cfg.get('trust')}: only the command line may set it, and one of the configs did.")
+    from omegaconf import OmegaConf
+
+    if "trust" in map(_key, overrides):
+        return
+    if OmegaConf.is_interpolation(cfg, "trust") or cfg.get("trust") is not False:
+        raise UserError("trust: only the command line may set it, and one of the configs did.")
 
 
 def _again(config_dir: str | None, trusted: list[str]) -> list[str]:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -136,21 +136,21 @@ def _build_all(
     if cfg.get("scheduler") is not None:
         parts["scheduler"] = build(cfg.scheduler, "scheduler", allow)
     task = _of_kind(LightningModule, build(cfg.task, "task", allow, **parts), "task")
-    callbacks = _build_group(cfg, "callbacks", Callback, allow)
+    callbacks: list[Callback] = _build_group(cfg, "callbacks", allow)
     if cfg.stage == "fit":
         callbacks.append(WriteFacts(cfg, overrides))
     options: dict[str, Any] = {"callbacks": callbacks, "default_root_dir": str(out_dir)}
-    options["logger"] = _build_group(cfg, "logger", Logger, allow) or False
+    options["logger"] = _build_group(cfg, "logger", allow) or False
     # What was not chosen is not there: Lightning would add its own.
     for key, kind in (("enable_progress_bar", ProgressBar), ("enable_checkpointing", Checkpoint)):
         if cfg.trainer.get(key) is None:
             options[key] = any(isinstance(callback, kind) for callback in callbacks)
     node = OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key not in options])
-    trainer = _of_kind(Trainer, build(node, "trainer", allow, **options), "trainer")
+    trainer: Any = _of_kind(LightningTrainer, build(node, "trainer", allow, **options), "trainer")
     return data, task, trainer
 
 
-def _build_group(cfg: DictConfig, group: str, kind: type[_Kind], allow: AllowList) -> list[_Kind]:
+def _build_group(cfg: DictConfig, group: str, allow: AllowList) -> list[Any]:
     """The objects of a group of named ones; null removes one."""
     nodes = cfg.get(group) or {}
     if not isinstance(nodes, Mapping):
@@ -163,7 +163,11 @@ def _build_group(cfg: DictConfig, group: str, kind: type[_Kind], allow: AllowLis
         key = f"{group}.{name}"
         if not isinstance(node, DictConfig) or "_target_" not in node:
             raise UserError(f"{key}={node}: must be null to remove it, or keys with a _target_.")
-        built.append(_of_kind(kind, build(node, key, allow), key))
+        built.append(build(node, key, allow))
+        # By name, since those of the package pytorch_lightning work as well.
+        kind = "Logger" if group == "logger" else "Callback"
+        if all(base.__name__ != kind for base in type(built[-1]).__mro__):
+            raise UserError(f"{key}: must build a {kind}, not a {type(built[-1]).__name__}.")
     return built
 
 
