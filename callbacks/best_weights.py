@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from trainerkit.callbacks._parameters import plain_name
 from trainerkit.callbacks._trainer import refuse_sharded, validates, warn_of_monitor
+from trainerkit.errors import UserError
 from trainerkit.files import replacing, write_json
+from trainerkit.loading import read_json, read_safetensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -206,10 +208,8 @@ def load_best_weights(path: str | Path, module: nn.Module | None = None) -> dict
     Raises:
         FileNotFoundError: if there is neither.
         RuntimeError: if the weights do not fit the module.
+        trainerkit.errors.UserError: if a file is damaged, or its header says what cannot be.
     """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
     path = Path(path)
     files = [path]
     if path.name.endswith(".index.json") or not path.exists():
@@ -218,16 +218,30 @@ def load_best_weights(path: str | Path, module: nn.Module | None = None) -> dict
             raise FileNotFoundError(f"{path}: there is no such file, and no {index.name}")
         files = [index.with_name(name) for name in _shard_names(index)]
     state: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
     for file in files:
-        state |= load_file(file)
-    with safe_open(files[0], "pt") as opened:
-        tied = json.loads((opened.metadata() or {}).get("tied", "{}"))
+        tensors, facts = read_safetensors(file, "weights")
+        state |= tensors
+        tied |= _tied(file, facts)
+    missing = sorted(set(tied.values()) - set(state))
+    if missing:
+        raise UserError(f"weights={path}: says that weights are tied to {missing[0]}, which is not there.")
     state |= {name: state[first] for name, first in tied.items()}
     if module is not None:
         names = {plain_name(name): name for name in module.state_dict()}
         extra = {name: value for name, value in module.state_dict().items() if not isinstance(value, Tensor)}
         module.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()} | extra)
     return state
+
+
+def _tied(file: Path, facts: Mapping[str, str]) -> dict[str, str]:
+    try:
+        tied = json.loads(facts.get("tied", "{}"))
+    except (ValueError, RecursionError):
+        tied = None
+    if not isinstance(tied, dict) or not all(isinstance(first, str) for first in tied.values()):
+        raise UserError(f"weights={file}: 'tied' in its header must be a JSON object of names.")
+    return tied
 
 
 def split(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
@@ -292,7 +306,11 @@ def _index_of(path: Path) -> Path:
 def _shard_names(index: Path) -> list[str]:
     if not index.exists():
         return []
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    weight_map = read_json(index, "weights", "weight_map")["weight_map"]
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) and name == Path(name).name != "" for name in names):
+        raise UserError(f"weights={index}: weight_map must give each weight a file in the same folder.")
+    return sorted(set(map(str, names)))
 
 
 def _free_names(path: Path, count: int) -> list[str]:

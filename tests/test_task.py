@@ -1,11 +1,14 @@
 """Task: metrics that wait on the device, and what comes out in the end."""
 
 import itertools
+import json
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
+from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import ToyModule, toy_loader, toy_trainer
@@ -187,3 +190,34 @@ def test_a_schedule_without_need_of_an_end_runs_without_one(tmp_path):
 
 def test_it_is_a_plain_lightning_module_to_other_callbacks(tmp_path):
     assert fit(tmp_path, ToyModule())["val/loss"] > 0
+
+
+class Saving(Task):
+    """Saves every argument that it can."""
+
+    def __init__(self, width=3, betas=(0.9, 0.95), network=None, path=None, limit=float("nan"), **options):
+        super().__init__(partial(AdamW, lr=0.1))
+        self.save_hyperparameters()
+
+
+class SavingMore(Saving):
+    def __init__(self, extra=1, hook=None):
+        super().__init__(width=9, network=nn.Linear(2, 2), depth=2, head=nn.Linear(1, 1))
+
+
+def test_hyperparameters_are_what_json_has_words_for():
+    task = SavingMore(hook=print)
+    expected = {"extra": 1, "width": 9, "betas": [0.9, 0.95], "path": None, "depth": 2}
+    for hparams in (task.hparams, task.hparams_initial):
+        assert dict(hparams) == expected
+        assert json.loads(json.dumps(dict(hparams), allow_nan=False)) == expected
+
+
+def test_a_hyperparameter_that_json_cannot_hold_is_refused_by_its_name():
+    class Named(Task):
+        def __init__(self, network):
+            super().__init__()
+            self.save_hyperparameters("network")
+
+    with pytest.raises(ValueError, match="network: cannot be a hyperparameter, since JSON has no word for its value"):
+        Named(nn.Linear(1, 1))

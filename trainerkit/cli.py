@@ -5,7 +5,8 @@ Help, listings and errors about the config need neither torch nor Lightning, and
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from trainerkit.errors import UserError, nearest
@@ -40,15 +41,22 @@ Flags    -m, --multirun    every combination of comma-separated values
          --help            this text
          --version
 Trust    allow=PACKAGE     let configs build classes of another package
+         trust=true        let checkpoints run code (docs/security.md)
 Replay   replay RUN OTHER  the first step in which two runs with callbacks=[default,step_hashes] differ
          replay RUN        train such a run again in a temporary folder, and the same"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 for what the user can put right, 128 + n after signal n."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with answering():
+        _main(list(sys.argv[1:] if argv is None else argv))
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Say what the user can put right, and exit with 2; a bug keeps its traceback."""
     try:
-        _main(arguments)
+        yield
     except UserError as error:
         print(f"trainerkit: {error}", file=sys.stderr)
         sys.exit(2)
@@ -92,8 +100,12 @@ def _main(arguments: list[str]) -> None:
         raise UserError(_no_task(overrides))
 
     from trainerkit.compose import compose_config
+    from trainerkit.hydra_parts import check_search_path
 
+    if config_dir is not None:
+        check_search_path(config_dir)
     cfg = compose_config(overrides, config_dir)
+    _check_trust(cfg, overrides)
     if flags:
         _hand_to_hydra(flags, overrides, config_dir, trusted)
     else:
@@ -103,15 +115,19 @@ def _main(arguments: list[str]) -> None:
         run(cfg, overrides, AllowList(trusted), _again(config_dir, trusted))
 
 
+def _check_trust(cfg: "DictConfig", overrides: list[str]) -> None:
+    """Files are unpickled only if the user says so: a config may be a stranger's, and is not asked."""
+    from omegaconf import OmegaConf
+
+    if "trust" in map(_key, overrides):
+        return
+    if OmegaConf.is_interpolation(cfg, "trust") or cfg.get("trust") is not False:
+        raise UserError("trust: only the command line may set it, and one of the configs did.")
+
+
 def _again(config_dir: str | None, trusted: list[str]) -> list[str]:
     """What a command that goes on needs beside the overrides."""
     return [*(["--config-dir", config_dir] if config_dir else []), *(f"allow={name}" for name in trusted)]
-
-
-def _is_sweep(override: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return bool(OverridesParser.create().parse_overrides([override])[0].is_sweep_override())
 
 
 def _run_as_child(trusted: list[str]) -> bool:
@@ -136,7 +152,8 @@ def _hand_to_hydra(flags: list[str], overrides: list[str], config_dir: str | Non
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from trainerkit.compose import CONFIG_MODULE, CONFIG_NAME, check_hydra
+    from trainerkit.compose import CONFIG_MODULE, CONFIG_NAME
+    from trainerkit.hydra_parts import check_hydra
     from trainerkit.plugins import AllowList, register_search_path
 
     def job(cfg: "DictConfig") -> float | None:
@@ -145,6 +162,7 @@ def _hand_to_hydra(flags: list[str], overrides: list[str], config_dir: str | Non
         from trainerkit.run import run
 
         try:
+            _check_trust(cfg, overrides)  # a config that the sweep chose may have set it
             metrics = run(cfg, list(HydraConfig.get().overrides.task), allow, _again(config_dir, trusted))
         except UserError as error:
             # Hydra would print a traceback.
@@ -154,7 +172,7 @@ def _hand_to_hydra(flags: list[str], overrides: list[str], config_dir: str | Non
         return metrics.get("val/loss")
 
     allow = AllowList(trusted)
-    check_hydra([override for override in overrides if not _is_sweep(override)], allow, config_dir)
+    check_hydra(overrides, allow, config_dir)
     register_search_path(config_dir)
     sys.argv = [sys.argv[0], *flags, *overrides]
     hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")(job)()
@@ -168,13 +186,21 @@ def _with_overrides_of_run(overrides: list[str]) -> list[str]:
     path = os.path.join(os.path.expanduser(given["out_dir"]), "overrides.txt")
     if not os.path.exists(path):
         return overrides
-    with open(path, encoding="utf-8") as file:
-        before = [line.strip() for line in file if line.strip()]
-    replaced = {*given, "stage", "resume", "out_dir"}
-    kept = [override for override in before if override.partition("=")[0] not in replaced]
+    try:
+        with open(path, encoding="utf-8") as file:
+            before = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); it is damaged, remove it.") from error
+    # The folder may be a stranger's: what it says on trust, and on Hydra's own parts, does not count.
+    replaced = {*given, "stage", "resume", "out_dir", "trust"}
+    kept = [line for line in before if _key(line) not in replaced and not _key(line).startswith("hydra")]
     if kept:
         print(f"trainerkit: with the run's own {' '.join(kept)}")
     return [*kept, *overrides]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def _no_task(overrides: list[str]) -> str:

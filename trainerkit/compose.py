@@ -10,12 +10,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from trainerkit.errors import UserError, did_you_mean, either, nearest
-from trainerkit.plugins import AllowList, register_search_path
+from trainerkit.errors import UserError, did_you_mean, either, first_lines, nearest
+from trainerkit.plugins import register_search_path
 
 CONFIG_MODULE = "trainerkit.configs"
 CONFIG_NAME = "train"
@@ -37,8 +35,8 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
     with config_loader(config_dir) as loader:
         try:
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
-        except HydraException as error:
-            raise UserError(_first_lines(error)) from error
+        except Exception as error:  # as below
+            raise UserError(first_lines(error)) from error
         groups = set(_groups(loader))
         for override in parsed:
             _check_group(override, groups, loader)
@@ -46,29 +44,8 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
         _check_keys(parsed, chosen, groups)
         try:
             return compose(CONFIG_NAME, overrides=chosen)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_first_lines(error)) from error
-
-
-def check_hydra(overrides: list[str], allow: AllowList, config_dir: str | None = None) -> None:
-    """Check what Hydra itself would build for a sweep: its own parts, or what is trusted; raises `UserError`."""
-    with config_loader(config_dir):
-        node = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True).hydra
-        found = OmegaConf.to_container(node, resolve=False)
-    for key, target in _named_targets(found, "hydra"):
-        if target.partition(".")[0] not in ("hydra", "hydra_plugins"):
-            allow.resolve(target, key)
-
-
-def _named_targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield key, str(node["_target_"])
-        for name, child in node.items():
-            yield from _named_targets(child, f"{key}.{name}")
-    elif isinstance(node, list):
-        for position, child in enumerate(node):
-            yield from _named_targets(child, f"{key}[{position}]")
+        except Exception as error:  # also ValueError and AssertionError, for what its grammar lets through
+            raise UserError(first_lines(error)) from error
 
 
 class config_loader:
@@ -143,6 +120,8 @@ def _check_group(override: Override, groups: set[str], loader: ConfigLoader) -> 
 def _chosen(override: Override) -> Iterator[Any]:
     """Every choice that an override of a group names: one, a list, or the values of a sweep."""
     if override.is_sweep_override():
+        if not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line}: must be a choice, or several separated by commas.")
         for text in override.sweep_string_iterator():
             yield from str(text).strip("[]").split(",")
         return
@@ -155,6 +134,8 @@ def _single(override: Override) -> str:
     text = str(override.input_line)
     if not override.is_sweep_override():
         return text
+    if not override.is_discrete_sweep():  # a range of numbers, for a sweeper that draws
+        return f"{text.partition('=')[0]}=0"
     return f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
 
 
@@ -170,8 +151,8 @@ def _check_keys(parsed: list[Override], chosen: list[str], groups: set[str]) -> 
     tops = {group.partition("/")[0] for group in groups}
     try:
         config = compose(CONFIG_NAME, overrides=[text for o, text in zip(parsed, chosen, strict=True) if is_choice(o)])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_first_lines(error)) from error
+    except Exception as error:  # as above
+        raise UserError(first_lines(error)) from error
     keys = list(_keys(config))
     for override in values:
         key = override.key_or_group
@@ -205,9 +186,3 @@ def _keys(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
         child = None if OmegaConf.is_missing(node, name) else node._get_node(name)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
             yield from _keys(child, f"{key}.")
-
-
-def _first_lines(error: Exception) -> str:
-    """Hydra's own message without its search path listing and stack."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return "\n".join(lines[:6])

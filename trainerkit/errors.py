@@ -25,3 +25,9 @@ def nearest(given: str, allowed: Iterable[str]) -> list[str]:
 def either(names: Sequence[str]) -> str:
     """'a', 'a or b', 'a, b or c'."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def first_lines(error: BaseException, count: int = 6) -> str:
+    """Another library's message without its listings and stacks; at most `count` lines that fit a screen."""
+    lines = [line[:300] for line in str(error).splitlines() if line.strip()]
+    return "\n".join(lines[:count]) or type(error).__name__

@@ -16,12 +16,16 @@ it names *was defined* in a package that is trusted, wherever it was reached fro
 
 import importlib
 import os
+import re
 from collections.abc import Iterable
 from importlib import metadata
 from types import ModuleType
 from typing import Any
 
 from trainerkit.errors import UserError
+
+# Without __main__, whose import runs a program, and without what Python keeps under double underscores.
+_DOTTED_NAME = re.compile(r"(?!__)[^\W\d]\w*(\.(?!__)[^\W\d]\w*)+")
 
 ENTRY_POINT_GROUP = "trainerkit.configs"
 ALLOW_VARIABLE = "TRAINERKIT_ALLOW"
@@ -86,7 +90,7 @@ class AllowList:
     def __init__(self, extra: Iterable[str] = ()) -> None:
         from_environment = [name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip()]
         plugins = [package.partition(".")[0] for package in config_packages()]
-        self.packages = {*plugins, *extra, *from_environment}
+        self.packages = {*plugins, *filter(None, extra), *from_environment}
 
     def resolve(self, target: str, key: str) -> Any:
         """Import the object that `target` names, if it may be built.
@@ -101,6 +105,8 @@ class AllowList:
         Raises:
             UserError: if it is not allowed, or does not exist.
         """
+        if not _DOTTED_NAME.fullmatch(target):
+            raise UserError(f"{key}._target_={target}: must be the dotted name of a class or function.")
         root = target.partition(".")[0]
         if root not in self.packages and root not in _LIBRARIES:
             raise UserError(self._refusal(target, key, root))
@@ -109,6 +115,18 @@ class AllowList:
         if home in self.packages or (home in _LIBRARIES and _is_for_configs(found)):
             return found
         raise UserError(self._refusal(target, key, home or root))
+
+    def resolve_for_hydra(self, target: str, key: str) -> Any:
+        """The same for what Hydra itself builds for a sweep: its launchers, sweepers and callbacks may be built too."""
+        if target.partition(".")[0] not in ("hydra", "hydra_plugins"):
+            return self.resolve(target, key)
+        from hydra.experimental.callback import Callback
+        from hydra.plugins.plugin import Plugin
+
+        found = _locate(target, key) if _DOTTED_NAME.fullmatch(target) else None
+        if not isinstance(found, type) or not issubclass(found, (Plugin, Callback)):
+            raise UserError(f"{key}._target_={target}: must be a launcher, a sweeper or a callback of Hydra.")
+        return found
 
     def _refusal(self, target: str, key: str, package: str) -> str:
         if package in _LIBRARIES:
@@ -137,6 +155,8 @@ def _locate(target: str, key: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name and not target.startswith(error.name):
             raise  # the target's own module exists, and needs a package that is missing: build.py names the extra
         raise UserError(f"{key}._target_={target}: there is no such class or function ({error}).") from error
+    except Exception as error:  # whatever a module raises that cannot be imported here
+        raise UserError(f"{key}._target_={target}: cannot be imported ({type(error).__name__}: {error}).") from error
 
 
 def _import_path(path: str) -> Any:
@@ -145,6 +165,7 @@ def _import_path(path: str) -> Any:
     found: ModuleType | Any = importlib.import_module(parts[0])
     for position, part in enumerate(parts[1:], start=1):
         if not hasattr(found, part) and isinstance(found, ModuleType):
-            importlib.import_module(".".join(parts[: position + 1]))
-        found = getattr(found, part)
+            found = importlib.import_module(".".join(parts[: position + 1]))
+        else:
+            found = getattr(found, part)
     return found

@@ -1,21 +1,23 @@
 """The life of a run: config to objects, then fit, validate, test or predict; the only reader of configs."""
 
-import json
 import logging
+import os
 import re
 import shlex
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainerkit.build import build
@@ -30,14 +32,20 @@ from trainerkit.callbacks import (
     StepsDiffer,
     StopRequested,
 )
-from trainerkit.callbacks._checkpoint_files import CheckpointFolder, checkpoint_folder, fault_of
-from trainerkit.errors import UserError
+from trainerkit.callbacks.best_weights import load_best_weights
+from trainerkit.errors import UserError, first_lines
+from trainerkit.extras import missing_in
 from trainerkit.facts import WriteFacts, differences, leading_children
 from trainerkit.files import write_json
+from trainerkit.loading import TRUST_WARNING, read_json, trusting
 from trainerkit.plugins import AllowList
+from trainerkit.resume import choose_checkpoint, is_weights
 from trainerkit.trainer import Trainer
 
+_Kind = TypeVar("_Kind")
 STAGES = ("fit", "validate", "test", "predict")
+# What a run reads, so that `~key` cannot take it away.
+_NEEDED = ("stage", "resume", "trust", "seed", "out_dir", "data", "optimizer", "task", "trainer")
 
 
 def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence[str] = ()) -> dict[str, float]:
@@ -57,18 +65,47 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
         StopRequested: if a signal stopped the run; the checkpoint is written and the way on is printed.
     """
     _quiet()
-    if cfg.stage not in STAGES:
-        raise UserError(f"stage={cfg.stage}: must be one of {', '.join(STAGES)}.")
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed}: must be a whole number from 0 to 4294967295.")
+    _check_settings(cfg)
+    if cfg.trust and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"trainerkit: warning: {TRUST_WARNING}", file=sys.stderr, flush=True)
+    with trusting(cfg.trust):
+        return _run(cfg, overrides, allow, again)
+
+
+def _check_settings(cfg: DictConfig) -> None:
+    """Refuse what is wrong at the top level, before anything is looked for or made."""
+    values: dict[str, Any] = {}
+    for key in _NEEDED:
+        try:
+            values[key] = cfg[key]
+        except OmegaConfBaseException as error:
+            raise UserError(f"{key}: {first_lines(error, 1)}.") from error
+    if values["trust"] is not True and values["trust"] is not False:
+        raise UserError(f"trust={values['trust']}: must be true or false.")
+    if values["stage"] not in STAGES:
+        raise UserError(f"stage={values['stage']}: must be one of {', '.join(STAGES)}.")
+    seed = values["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed}: must be a whole number from 0 to 4294967295.")
+    for key in ("out_dir", "resume"):
+        text = values[key]
+        if isinstance(text, DictConfig | ListConfig) or (text is None and key == "out_dir") or "\0" in str(text):
+            raise UserError(f"{key}={text}: must be a path.")
+        try:
+            Path(str(text)).expanduser().exists()
+        except (OSError, RuntimeError) as error:  # too long a name; ~user without a home
+            raise UserError(f"{key}={text}: cannot be used ({error}).") from error
+    for key in ("data", "optimizer", "task", "trainer"):
+        if not isinstance(values[key], DictConfig):
+            raise UserError(f"{key}={values[key]}: a run needs one; choose by {key}=NAME, see --help.")
+
+
+def _run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence[str]) -> dict[str, float]:
     out_dir = Path(str(cfg.out_dir)).expanduser()
     results_path = out_dir / "results.json"
-    try:
-        checkpoint = _checkpoint(cfg, out_dir)
-    except OSError as error:
-        raise UserError(f"out_dir={cfg.out_dir}: {error.strerror} ({error.filename}).") from error
+    checkpoint = choose_checkpoint(cfg, out_dir)
     if cfg.stage == "fit" and checkpoint is not None and _is_finished(results_path, cfg):
-        results: dict[str, Any] = json.loads(results_path.read_text(encoding="utf-8"))
+        results = _results(results_path)
         print(f"{out_dir} holds a finished run ({results['stopped']}); nothing was changed.")
         _print_metrics(results["metrics"])
         print("To train on, raise trainer.max_epochs (and the patience, if that ended it); else take another out_dir.")
@@ -80,16 +117,14 @@ def run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequence
     with leading_children(cfg, trainer), _advice(checkpoint, cfg):
         if cfg.stage == "fit":
             return _fit(cfg, [*again, *overrides], out_dir, trainer, task, data, checkpoint)
-        return _evaluate(str(cfg.stage), trainer, task, data, checkpoint)
+        return _evaluate(cfg, trainer, task, data, checkpoint)
 
 
 def _build_all(
     cfg: DictConfig, overrides: list[str], out_dir: Path, allow: AllowList
 ) -> tuple[LightningDataModule, LightningModule, Trainer]:
     """Build every part, data first: the config may ask it for sizes by `${data_module:…}`."""
-    if cfg.get("data") is None:
-        raise UserError("data: a run needs data; choose one by data=NAME, see --help.")
-    data = build(cfg.data, "data", allow)
+    data = _of_kind(LightningDataModule, build(cfg.data, "data", allow), "data")
     refused: list[UserError] = []
 
     def ask(name: str) -> Any:
@@ -103,11 +138,11 @@ def _build_all(
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
-        raise (refused[0] if refused else UserError(str(error).splitlines()[0])) from error
+        raise (refused[0] if refused else UserError(first_lines(error, 1))) from error
     parts: dict[str, Any] = {"optimizer": build(cfg.optimizer, "optimizer", allow)}
     if cfg.get("scheduler") is not None:
         parts["scheduler"] = build(cfg.scheduler, "scheduler", allow)
-    task = build(cfg.task, "task", allow, **parts)
+    task = _of_kind(LightningModule, build(cfg.task, "task", allow, **parts), "task")
     callbacks: list[Callback] = _build_group(cfg, "callbacks", allow)
     for callback in callbacks:
         if isinstance(callback, RankConsensus) and callback.facts is None:
@@ -121,19 +156,34 @@ def _build_all(
         if cfg.trainer.get(key) is None:
             options[key] = any(isinstance(callback, kind) for callback in callbacks)
     node = OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key not in options])
-    trainer = build(node, "trainer", allow, **options)
+    trainer: Any = _of_kind(LightningTrainer, build(node, "trainer", allow, **options), "trainer")
     return data, task, trainer
 
 
 def _build_group(cfg: DictConfig, group: str, allow: AllowList) -> list[Any]:
     """The objects of a group of named ones; null removes one."""
+    nodes = cfg.get(group) or {}
+    if not isinstance(nodes, Mapping):
+        raise UserError(f"{group}={nodes}: must be names with keys below them; choose by {group}=NAME, see --help.")
     built = []
-    for name, node in (cfg.get(group) or {}).items():
+    for name in nodes:
+        node = None if OmegaConf.is_missing(nodes, name) else nodes[name]
         if node is None:
             continue
+        key = f"{group}.{name}"
         if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise UserError(f"{group}.{name}={node}: must be null to remove it, or keys with a _target_.")
-        built.append(build(node, f"{group}.{name}", allow))
+            raise UserError(f"{key}={node}: must be null to remove it, or keys with a _target_.")
+        built.append(build(node, key, allow))
+        # By name, since those of the package pytorch_lightning work as well.
+        kind = "Logger" if group == "logger" else "Callback"
+        if all(base.__name__ != kind for base in type(built[-1]).__mro__):
+            raise UserError(f"{key}: must build a {kind}, not a {type(built[-1]).__name__}.")
+    return built
+
+
+def _of_kind(kind: type[_Kind], built: Any, key: str) -> _Kind:
+    if not isinstance(built, kind):
+        raise UserError(f"{key}: must build a {kind.__name__}, not a {type(built).__name__}.")
     return built
 
 
@@ -160,7 +210,7 @@ def _fit(
     checkpoint: str | None,
 ) -> dict[str, float]:
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=not cfg.trust)
     except StopRequested as stop:
         step = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         _say(
@@ -175,7 +225,7 @@ def _fit(
     best = next((c.best_model_path for c in checkpoints), "")
     last = next((c.last_model_path for c in checkpoints), "")
     if (best or last) and _can_test(task, data):
-        trainer.test(task, datamodule=data, ckpt_path=best or last, verbose=False)
+        trainer.test(task, datamodule=data, ckpt_path=best or last, verbose=False, weights_only=not cfg.trust)
         metrics |= _metrics(trainer)
     if trainer.is_global_zero:
         limits = {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps}
@@ -191,75 +241,34 @@ def _fit(
 
 
 def _evaluate(
-    stage: str, trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: str | None
+    cfg: DictConfig, trainer: Trainer, task: LightningModule, data: LightningDataModule, checkpoint: str | None
 ) -> dict[str, float]:
-    if stage == "predict":
-        trainer.predict(task, datamodule=data, ckpt_path=checkpoint, return_predictions=False)
+    if checkpoint is not None and is_weights(checkpoint):
+        load_best_weights(checkpoint, task)
+        checkpoint = None
+    options: dict[str, Any] = {"datamodule": data, "ckpt_path": checkpoint, "weights_only": not cfg.trust}
+    if cfg.stage == "predict":
+        trainer.predict(task, return_predictions=False, **options)
         for callback in trainer.callbacks:
             if isinstance(callback, SavePredictions):
                 _say(trainer, "\n".join(["Wrote", *(f"  {path}" for path in callback.paths)]))
         return {}
-    evaluate = trainer.validate if stage == "validate" else trainer.test
-    evaluate(task, datamodule=data, ckpt_path=checkpoint, verbose=False)
+    evaluate = trainer.validate if cfg.stage == "validate" else trainer.test
+    evaluate(task, verbose=False, **options)
     metrics = _metrics(trainer)
     if trainer.is_global_zero:
         _print_metrics(metrics)
     return metrics
 
 
-def _checkpoint(cfg: DictConfig, out_dir: Path) -> str | None:
-    """The checkpoint to begin from: `resume=auto` takes the newest whole one to fit, else the best one."""
-    fits = cfg.stage == "fit"
-    folder = checkpoint_folder(
-        out_dir, OmegaConf.select(cfg, "callbacks.crash_safe_checkpoint.dirname") or "checkpoints"
-    )
-    if cfg.resume is None:
-        if fits and folder.newest()[0] is not None:
-            raise UserError(
-                f"resume=null: {out_dir} already holds a run, which would be overwritten.\n"
-                "Take resume=auto to continue it, or another out_dir."
-            )
-        return None
-    if cfg.resume == "auto":
-        return _newest(folder) if fits else _best(cfg, folder)
-    path = str(Path(str(cfg.resume)).expanduser()) if "://" not in str(cfg.resume) else str(cfg.resume)
-    if "://" not in path and not Path(path).exists():
-        raise UserError(f"resume={cfg.resume}: there is no such file; must be auto, null or the path of a checkpoint.")
-    if (fault := fault_of(path)) is not None:
-        raise UserError(f"resume={cfg.resume}: {fault}; take another, or resume=auto for the newest whole one.")
-    if fits and folder.path is not None and Path(path).resolve().parent != folder.path.resolve() and folder.newest()[0]:
-        raise UserError(
-            f"resume={path}: {out_dir} holds another run, which would be overwritten; take another out_dir."
-        )
-    return path
-
-
-def _newest(folder: CheckpointFolder) -> str | None:
-    path, skipped = folder.newest()
-    for reason in [*skipped, *(f"{name}: was not finished" for name in folder.unfinished())]:
-        print(f"trainerkit: skipped {folder.locate(reason)}", file=sys.stderr)
-    if skipped and path is None:
-        raise UserError(f"{folder} holds no whole checkpoint.\nTake another out_dir, or remove them to begin anew.")
-    return path
-
-
-def _best(cfg: DictConfig, folder: CheckpointFolder) -> str | None:
-    path = folder.linked("best")
-    if path and (fault := folder.fault("best.ckpt")) is not None:
-        raise UserError(f"{path}: {fault}; name another checkpoint (resume=PATH).")
-    if not path and not OmegaConf.select(cfg, "task.network.weights"):
-        raise UserError(
-            f"stage={cfg.stage} needs trained weights, and {folder.locate('best.ckpt')} is not there.\n"
-            "Name the folder of a run (out_dir=…), a checkpoint (resume=PATH), or take the task's initial weights "
-            "(resume=null)."
-        )
-    return path or None
+def _results(path: Path) -> dict[str, Any]:
+    return read_json(path, "out_dir", "stopped", "finished", "limits", "metrics")
 
 
 def _is_finished(results_path: Path, cfg: DictConfig) -> bool:
     if not results_path.exists():
         return False
-    results = json.loads(results_path.read_text(encoding="utf-8"))
+    results = _results(results_path)
     if not results["finished"]:
         return False
     return bool(results["limits"] == {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps})
@@ -282,14 +291,33 @@ def _advice(checkpoint: str | None, cfg: DictConfig) -> Iterator[None]:
         raise
     except (CheckpointError, MisconfigurationException, RanksDiffer, StepsDiffer) as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if checkpoint is None or "Error(s) in loading" not in str(error):
+    except ModuleNotFoundError as error:  # of a callback that looks for its package when the run starts
+        raise missing_in(error, "This run") from error
+    except UserError:
+        raise
+    except Exception as error:
+        if checkpoint is None or not _was_restoring(error):
             raise
+        if "Error(s) in loading" not in str(error):
+            reason = f"{type(error).__name__}: {first_lines(error, 1)}"
+            raise UserError(
+                f"resume={checkpoint}: cannot be restored into this run ({reason}).\n"
+                "It was made by another task, with other callbacks, or changed since."
+            ) from error
         lines = differences(checkpoint, cfg, "task") or [str(error).splitlines()[1].strip()]
         listing = "\n".join(f"  {line}" for line in lines)
         raise UserError(
             f"{checkpoint} does not fit this config.\n{listing}\nGive it the values it was trained with."
         ) from error
+
+
+def _was_restoring(error: Exception) -> bool:
+    """Whether an error comes out of reading a checkpoint or of handing its parts out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(
+        frame.filename.endswith("checkpoint_connector.py") or frame.name in ("load_best_weights", "_load_state_dicts")
+        for frame in frames
+    )
 
 
 def _can_test(task: LightningModule, data: LightningDataModule) -> bool:

@@ -1,6 +1,9 @@
 """Task: the LightningModule that trainerkit's tasks extend."""
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -48,6 +51,36 @@ class Task(LightningModule):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    def save_hyperparameters(
+        self, *args: Any, ignore: Sequence[str] | str | None = None, frame: FrameType | None = None, logger: bool = True
+    ) -> None:
+        """As Lightning's, without what JSON has no word for: modules, optimizers, partials, tensors.
+
+        Lightning would pickle these into each checkpoint, which then no longer loads with `weights_only=True`. Give
+        them again to `load_from_checkpoint(path, network=…)`. Tuples become lists.
+
+        Raises:
+            ValueError: if such a thing is asked for by its name.
+        """
+        current = inspect.currentframe()
+        frame = frame or (current.f_back if current is not None else None)
+        left_out = [ignore] if isinstance(ignore, str) else list(ignore or ())
+        caller: FrameType | None = frame
+        while caller is not None and caller.f_locals.get("self") is self:  # constructors of subclasses too
+            known = inspect.getargvalues(caller)
+            values = known.locals | (known.locals[known.keywords] if known.keywords else {})
+            left_out += [name for name, value in values.items() if not _is_json(value)]
+            caller = caller.f_back
+        unfit = [name for name in args if isinstance(name, str) and name in left_out]
+        if unfit:
+            raise ValueError(f"{unfit[0]}: cannot be a hyperparameter, since JSON has no word for its value")
+        super().save_hyperparameters(*args, ignore=left_out, frame=frame, logger=logger)
+        saved: Any = (self._hparams, self._hparams_initial)
+        for hparams in saved:  # what was given in a dict is still there
+            plain = {name: _listed(value) for name, value in hparams.items() if _is_json(value)}
+            hparams.clear()
+            hparams.update(plain)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule stepped once per optimizer step."""
@@ -133,6 +166,22 @@ class Task(LightningModule):
         reduced = self.trainer.strategy.reduce(tensor, reduce_op="sum")
         assert isinstance(reduced, Tensor)
         return [float(value) for value in reduced.tolist()]
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON has a word for a value; it has none for NaN and infinity."""
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_json(part) for key, part in value.items())
+    if type(value) in (list, tuple):
+        return all(_is_json(part) for part in value)
+    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+
+
+def _listed(value: Any) -> Any:
+    """The same with lists for tuples, as JSON would give it back."""
+    if isinstance(value, dict):
+        return {key: _listed(part) for key, part in value.items()}
+    return [_listed(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 class _Meter:

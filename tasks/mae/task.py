@@ -52,6 +52,7 @@ class MaskedAutoencoderTask(Task):
         scheduler: SchedulerFactory | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler)
+        self.save_hyperparameters()
         if loss not in _LOSSES:
             raise ValueError(f"loss={loss}: must be one of {', '.join(_LOSSES)}")
         if reduction not in (None, "mean", "sum", "batch_mean"):

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainerkit.errors import UserError
+from trainerkit.loading import read_pickle, read_safetensors
 
 # Where a state dict may stand inside a .pt or .ckpt file: this project's checkpoints, chemomae's artifacts and trainer.
 _CONTAINERS = ("state_dict", "model")
@@ -20,8 +18,8 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
     Args:
         network: takes the weights.
-        path: .safetensors, or a .pt/.pth/.ckpt that `torch.load(weights_only=True)` reads; names may begin with
-            'network.', as in files that a run writes.
+        path: .safetensors, or a .pt/.pth/.ckpt that `torch.load(weights_only=True)` reads (any that it writes, with
+            trust=true); names may begin with 'network.', as in files that a run writes.
 
     Raises:
         UserError: if the file cannot be read, or names or shapes do not fit.
@@ -29,7 +27,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"weights={path}: there is no such file.")
-    state = {name.removeprefix("network."): tensor for name, tensor in _read(path).items()}
+    state = {str(name).removeprefix("network."): tensor for name, tensor in _read(path).items()}
     expected = network.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not in the network" for name in state if name not in expected]
@@ -49,15 +47,8 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
 def _read(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"weights={path}: is not a safetensors file ({error}).") from error
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch raise many kinds for a file that is not what it says
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"weights={path}: cannot be read without running code from it ({reason}).") from error
+        return read_safetensors(path, "weights")[0]
+    content: Any = read_pickle(path, "weights")
     for name in _CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

@@ -184,7 +184,10 @@ def test_arrays_that_are_no_table_are_refused(tmp_path):
         "flat": (np.zeros(5), "has shape (5,); needed are two dimensions"),
         "none": (np.zeros((0, 5)), "there must be a row and a column at least"),
         "text": (np.array([["a", "b"]]), "holds <U1; needed are integers or floating-point numbers"),
-        "object": (np.array([[{}, 1]], dtype=object), "cannot be read as .npy"),
+        "object": (
+            np.array([[{}, 1]], dtype=object),
+            "holds Python objects, which are not read because they can run code",
+        ),
     }
     for name, (array, message) in cases.items():
         np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)

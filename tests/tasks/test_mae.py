@@ -226,7 +226,7 @@ def test_files_that_do_not_fit_or_run_code_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         MaskedAutoencoder(**SMALL, weights=str(tmp_path / "none.pt"))
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(UserError, match="is not a safetensors file"):
+    with pytest.raises(UserError, match="is not a whole safetensors file"):
         MaskedAutoencoder(**SMALL, weights=str(tmp_path / "broken.safetensors"))
 
     class Payload:
@@ -234,7 +234,7 @@ def test_files_that_do_not_fit_or_run_code_are_refused(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"encoder": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="cannot be read without running code from it"):
+    with pytest.raises(UserError, match=r"holds pickled code, which was not run: _?io\.open"):
         MaskedAutoencoder(**SMALL, weights=str(tmp_path / "evil.pt"))
     assert not (tmp_path / "ran").exists()
 

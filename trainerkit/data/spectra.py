@@ -96,6 +96,10 @@ class SpectraData(LightningDataModule):
         for name, number in {"batch_size": batch_size, "block_size": block_size}.items():
             if number < 1:
                 raise ValueError(f"{name}={number}: must be 1 or more")
+        if seed < 0:
+            raise ValueError(f"seed={seed}: must be 0 or more")
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}: must be 0 or more")
         if seq_len is not None and seq_len < 1:
             raise ValueError(f"seq_len={seq_len}: must be 1 or more, or null to take the file's")
         self.path = path

@@ -3,7 +3,6 @@
 import csv
 import math
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainerkit.errors import UserError
+from trainerkit.errors import UserError, first_lines
 from trainerkit.extras import require
 
 SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
@@ -43,17 +42,26 @@ def read_table(path: str | Path, label: str | None = None, header: bool | None =
         raise UserError(f"{path}: is not of a kind that can be read: {', '.join(SUFFIXES)}.")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty.")
-    if path.suffix == ".npy":
-        if label is not None:
-            raise UserError(
-                f"{path}: a .npy file has no named columns, so no label={label}; use .npz, .csv or .parquet."
-            )
-        return _numbers(_load_numpy(path), path), None
-    if path.suffix == ".csv":
-        table, labels = _read_csv(path, label, header)
-    else:
-        table, labels = (_read_npz if path.suffix == ".npz" else _read_parquet)(path, label)
-    return _numbers(table, path), labels
+    if path.suffix == ".npy" and label is not None:
+        raise UserError(f"{path}: a .npy file has no named columns, so no label={label}; use .npz, .csv or .parquet.")
+    try:
+        if path.suffix == ".npy":
+            table, labels = _load_numpy(path), None
+        elif path.suffix == ".csv":
+            table, labels = _read_csv(path, label, header)
+        else:
+            table, labels = (_read_npz if path.suffix == ".npz" else _read_parquet)(path, label)
+    except UserError:
+        raise
+    except Exception as error:  # zip, zlib, csv and NumPy raise many kinds for a file that is damaged
+        if "Python objects" in str(error) or "Object arrays" in str(error):
+            text = "holds Python objects, which are not read because they can run code"
+            raise UserError(f"{path}: {text}.") from error
+        raise UserError(f"{path}: cannot be read as {path.suffix} ({first_lines(error, 1)}).") from error
+    table = _numbers(table, path)
+    if labels is not None and labels.shape != (len(table),):
+        raise UserError(f"{path}: {label} has shape {labels.shape}; needed is a label for each of {len(table)} rows.")
+    return table, labels
 
 
 def check_finite(table: Table, path: str | Path) -> None:
@@ -90,31 +98,35 @@ def _chunks(table: Table, rows: NDArray[np.int64]) -> Iterator[NDArray[np.float6
 
 
 def _numbers(table: Table, path: Path) -> Table:
+    if not isinstance(table, np.ndarray):
+        raise UserError(f"{path}: is no array, but {type(table).__name__}; its content is not what its name says.")
     if table.ndim != 2:
         raise UserError(f"{path}: has shape {table.shape}; needed are two dimensions, (rows, columns).")
     if 0 in table.shape:
         raise UserError(f"{path}: has shape {table.shape}; there must be a row and a column at least.")
-    if table.dtype.kind not in "fiu":
-        raise UserError(f"{path}: holds {table.dtype}; needed are integers or floating-point numbers.")
+    if table.dtype.kind not in "fiu" or table.dtype.itemsize > 8:
+        raise UserError(
+            f"{path}: holds {table.dtype}; needed are integers or floating-point numbers of at most 64 bits."
+        )
     return table
 
 
 def _load_numpy(path: Path) -> Any:
-    try:
-        return np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix} ({error}).") from error
+    # allow_pickle=False: an array of Python objects is a pickle, which can run code.
+    return np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
 
 
 def _read_npz(path: Path, label: str | None) -> tuple[Table, Table | None]:
-    with _load_numpy(path) as archive:
+    archive = _load_numpy(path)
+    if isinstance(archive, np.ndarray):
+        raise UserError(f"{path}: is a .npy file; rename it.")
+    with archive:
         if label is not None and label not in archive:
             raise UserError(f"{path}: has no array {label}; it has {', '.join(archive)}.")
-        try:
-            tables = [archive[name] for name in archive if name != label and archive[name].ndim == 2]
-            labels = archive[label] if label is not None else None
-        except ValueError as error:
-            raise UserError(f"{path}: holds Python objects, which are not read because they can run code.") from error
+        members = {name: archive[name] for name in archive}
+        arrays = {name: array for name, array in members.items() if isinstance(array, np.ndarray)}
+        tables = [array for name, array in arrays.items() if name != label and array.ndim == 2]
+        labels = arrays.get(label) if label is not None else None
         if not tables:
             raise UserError(f"{path}: has no two-dimensional array; it has {', '.join(archive)}.")
         return tables[0], labels
@@ -144,6 +156,8 @@ def _read_parquet(path: Path, label: str | None) -> tuple[Table, Table | None]:
 
 def _read_csv(path: Path, label: str | None, header: bool | None) -> tuple[Table, Table | None]:
     first = _first_row(path)
+    if not first:
+        raise UserError(f"{path}: line 1 is empty; needed are numbers or names.")
     delimiter = max(",;\t", key=first.count)
     cells = next(csv.reader([first], delimiter=delimiter))
     numbers = [_is_number(cell) for cell in cells]
