@@ -65,6 +65,8 @@ def load_safely(path):
         np.load(path, allow_pickle=False)
     elif path.suffix == ".json":
         json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".jsonl":
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     elif path.suffix == ".yaml":
         yaml.safe_load(path.read_text(encoding="utf-8"))
     else:
@@ -132,8 +134,9 @@ def stranger(finished, tmp_path, monkeypatch):
     shutil.copy(finished / "spectra.npy", tmp_path)
     checkpoint = torch.load(finished / "run" / "checkpoints" / "best.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["made_by"] = Payload(tmp_path / "ran")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.unlink()  # a stranger's files come without manifests
     for name in ("last.ckpt", "best.ckpt"):
-        (tmp_path / "run" / "checkpoints" / name).unlink()
         torch.save(checkpoint, tmp_path / "run" / "checkpoints" / name)
     return tmp_path
 

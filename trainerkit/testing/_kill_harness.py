@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -93,10 +94,11 @@ class Harness:
         self.fresh = fresh
         self.overrides = list(overrides)
         self.say = say
-        # What a process that is killed leaves there goes with the folder.
-        (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # For what killed processes leave; of a short name, for a worker's socket has at most 107 letters.
+        self._temporary = tempfile.TemporaryDirectory(prefix="kill-", ignore_cleanup_errors=True)
         inherited = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_RUN}
-        self._environment = inherited | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder / "tmp")}
+        self._environment = inherited | {"OMP_NUM_THREADS": "1", "TMPDIR": self._temporary.name}
         self._zygote: Zygote | None = None
         self._running: Running | None = None
         self._plain_started = 0
@@ -110,6 +112,7 @@ class Harness:
         self._end_running()
         if self._zygote is not None:
             self._zygote.__exit__()
+        self._temporary.cleanup()
 
     def kill_runs(self, configuration: str, kills: int) -> Tally:
         """Kill runs of a configuration so many times, or until something is wrong."""
