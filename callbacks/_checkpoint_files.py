@@ -44,7 +44,9 @@ class CheckpointFolder:
         self.fs, root = url_to_fs(str(path))
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.path = Path(root) if self.is_local else None
-        self._root = str(path).rstrip("/")
+        self._root = root if self.is_local else str(path).rstrip("/")
+        self._own: dict[str, bool] = {}  # what this run wrote, oldest first, and whether it can be resumed from
+        self._number: int | None = None  # of the newest manifest
 
     def __str__(self) -> str:
         return self._root
@@ -65,6 +67,21 @@ class CheckpointFolder:
             with replacing(self.path / ".try") as temporary:
                 temporary.write_bytes(bytes(4096))
             (self.path / ".try").unlink()
+
+    def begin(self, resumed: bool) -> bool:
+        """Start to write for a run, which removes only what is its own: what it writes, and what it was resumed among.
+
+        Returns:
+            Whether another run's checkpoints are there.
+
+        Raises:
+            OSError: if the folder cannot be read.
+        """
+        manifests = self._newest_first(strictly=True)
+        self._number = max((m["number"] for m in manifests if "number" in m), default=0)
+        whole = [manifest for manifest in reversed(manifests) if "fault" not in manifest]
+        self._own = {manifest["name"]: manifest.get("resumable", True) for manifest in whole} if resumed else {}
+        return bool(whole) and not resumed
 
     def new_name(self, step: int) -> str:
         """A name that no file has."""
@@ -87,8 +104,8 @@ class CheckpointFolder:
         if self.path is None:
             buffer = io.BytesIO()
             torch.save(checkpoint, buffer)
-            content = buffer.getbuffer()
-            self.fs.pipe_file(self._key(name), bytes(content))
+            content = buffer.getvalue()
+            self.fs.pipe_file(self._key(name), content)
             return {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -130,17 +147,25 @@ class CheckpointFolder:
         Raises:
             OSError: if it cannot be.
         """
-        numbers = [manifest["number"] for manifest in self._manifests() if "number" in manifest]
-        content = {"format": FORMAT, "number": max(numbers, default=0) + 1, **facts, "files": dict(files)}
+        if self._number is None:
+            self.begin(resumed=True)
+        assert self._number is not None
+        content = {"format": FORMAT, "number": self._number + 1, **facts, "files": dict(files)}
         manifest = f"{name.removesuffix('.ckpt')}.json"
         if self.path is None:
             self.fs.pipe_file(self._key(manifest), json.dumps(content, indent=2).encode())
-            return
-        if Path(self.staged(name)).is_dir():
-            flush(Path(self.staged(name)))
-        os.replace(self.staged(name), self.path / name)
-        flush(self.path)
-        write_json(self.path / manifest, content)
+        else:
+            if Path(self.staged(name)).is_dir():
+                flush(Path(self.staged(name)))
+            os.replace(self.staged(name), self.path / name)
+            try:
+                flush(self.path)
+                write_json(self.path / manifest, content)
+            except BaseException:
+                self._remove(self.locate(name))  # without a manifest it would take its place for nothing
+                raise
+        self._number += 1
+        self._own[name] = bool(facts.get("resumable", True))
 
     def discard(self, name: str) -> None:
         """Remove what is left of a checkpoint that could not be written."""
@@ -148,9 +173,10 @@ class CheckpointFolder:
             self._remove(self.staged(name))
 
     def point(self, link: str, name: str) -> None:
-        """Have `last` or `best` mean this checkpoint."""
+        """Have `last` or `best` mean this checkpoint; without symbolic links `last.json` says which it is."""
+        pointer = {"checkpoint": name}
         if self.path is None:
-            self.fs.pipe_file(self._key(f"{link}.json"), json.dumps({"checkpoint": name}).encode())
+            self.fs.pipe_file(self._key(f"{link}.json"), json.dumps(pointer).encode())
             return
         target, temporary = self.path / f"{link}.ckpt", self.path / f".{link}.ckpt.tmp"
         if target.is_dir() and not target.is_symlink():
@@ -160,6 +186,7 @@ class CheckpointFolder:
         try:
             os.symlink(name, temporary)
         except OSError:  # where links need a privilege, or the file system has none
+            write_json(self.path / f"{link}.json", pointer)
             if (self.path / name).is_dir():
                 raise  # of a folder there is neither a hard link nor a cheap copy
             try:
@@ -181,16 +208,20 @@ class CheckpointFolder:
         return self.locate(f"{link}.ckpt") if os.path.exists(self.path / f"{link}.ckpt") else ""
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest and what a link means; also what was never finished."""
-        manifests = self._newest_first()
-        newest = [manifest["name"] for manifest in manifests if manifest.get("resumable")][:keep]
-        kept = {*newest, self.target("last"), self.target("best")}
-        for name in self._names():
-            if _NAME.fullmatch(name) and name not in kept:
+        """Of this run's checkpoints remove all but the newest and what a link means.
+
+        Also older ones that were never finished. What another run wrote, or cannot be read now, stays.
+        """
+        kept = {*[name for name, resumable in self._own.items() if resumable][-keep:]}
+        kept |= self._own.keys() & {self.target("last"), self.target("best")}
+        oldest = min((step_of(name) for name in kept), default=0)
+        for name in [name for name in self._own if name not in kept]:
+            self._remove(self.locate(name))
+            self._remove(self.locate(f"{name.removesuffix('.ckpt')}.json"))
+            del self._own[name]
+        for name in self.unfinished():
+            if step_of(name) < oldest:
                 self._remove(self.locate(name))
-        for manifest in manifests:
-            if manifest["name"] not in kept:
-                self._remove(self.locate(f"{manifest['name'].removesuffix('.ckpt')}.json"))
 
     def clear(self) -> None:
         """Remove what a process that was killed had begun to write."""
@@ -202,20 +233,21 @@ class CheckpointFolder:
 
     def target(self, link: str) -> str | None:
         """The name of the checkpoint that `last` or `best` means, or None."""
-        with suppress(OSError, ValueError, KeyError):
-            if self.path is None:
-                return str(json.loads(self.fs.cat_file(self._key(f"{link}.json")))["checkpoint"])
-            return os.readlink(self.path / f"{link}.ckpt")
+        if self.path is not None:
+            with suppress(OSError):
+                return os.readlink(self.path / f"{link}.ckpt")
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads(self.fs.cat_file(self._key(f"{link}.json")))["checkpoint"])
         return None
 
     def newest(self) -> tuple[str | None, list[str]]:
         """The newest checkpoint that verifies, and for each newer one why it does not.
 
-        Without any, `last.ckpt` if it is a file of its own, as copying a link makes it; nothing vouches for that one.
+        Without any, one that has no manifest, for which nothing vouches: `last.ckpt` if it is a file of its own, as
+        copying a link makes it, else the one of the last step.
         """
         skipped: list[str] = []
-        finished = self._newest_first()
-        for manifest in finished:
+        for manifest in self._newest_first():
             if not manifest.get("resumable", True):
                 continue
             reason = self._fault(manifest)
@@ -223,9 +255,10 @@ class CheckpointFolder:
                 return self.locate(manifest["name"]), skipped
             skipped.append(f"{manifest['name']}: {reason}")
         last = None if self.path is None else self.path / "last.ckpt"
-        if last is not None and last.is_file() and not last.is_symlink():
+        if last is not None and last.is_file() and not last.is_symlink() and self.target("last") is None:
             return str(last), skipped
-        return None, skipped
+        unfinished = self.unfinished()
+        return self.locate(max(unfinished, key=step_of)) if unfinished else None, skipped
 
     def unfinished(self) -> list[str]:
         """Checkpoints without a manifest: the process ended between the two."""
@@ -255,25 +288,28 @@ class CheckpointFolder:
                 return f"{name} has other content than was written (SHA-256)"
         return None
 
-    def _newest_first(self) -> list[dict[str, Any]]:
+    def _newest_first(self, strictly: bool = False) -> list[dict[str, Any]]:
         """All manifests; where a damaged one belongs is not known: it comes first, to be spoken of."""
-        return sorted(self._manifests(), key=lambda manifest: manifest.get("number", math.inf), reverse=True)
+        found = self._manifests(strictly)
+        return sorted(found, key=lambda manifest: manifest.get("number", math.inf), reverse=True)
 
-    def _manifests(self) -> Iterator[dict[str, Any]]:
-        """Each manifest with the checkpoint's `name`; one that cannot be used has a `fault` instead of content."""
+    def _manifests(self, strictly: bool = False) -> Iterator[dict[str, Any]]:
+        """Each manifest with the checkpoint's `name`; one that cannot be used has a `fault` instead of content.
+
+        Raises:
+            OSError: if `strictly`, and the disk does not give one.
+        """
         for file in self._names():
             name = file.removesuffix(".json") + ".ckpt"
             if not file.endswith(".json") or not _NAME.fullmatch(name):
                 continue
             try:
-                content = json.loads(self.fs.cat_file(self._key(file)))
-                files = {str(key): (int(v["size"]), str(v["sha256"])) for key, v in content["files"].items()}
-                if content["format"] != FORMAT or not isinstance(content["number"], int) or not files:
-                    raise ValueError("format")
-                if any(key != name and (key.partition("/")[0] != name or key.count("/") > 1) for key in files):
-                    raise ValueError("files")
-                yield content | {"name": name}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                yield _checked(json.loads(self.fs.cat_file(self._key(file))), name) | {"name": name}
+            except OSError as error:
+                if strictly:
+                    raise
+                yield {"name": name, "fault": f"its manifest {file} cannot be read ({error.strerror or error})"}
+            except (ValueError, KeyError, TypeError, AttributeError):
                 yield {"name": name, "fault": f"its manifest {file} is damaged"}
 
     def _names(self) -> list[str]:
@@ -291,6 +327,24 @@ class CheckpointFolder:
     def _remove(self, place: str) -> None:
         with suppress(FileNotFoundError):
             self.fs.rm(str(url_to_fs(place)[1]), recursive=True)
+
+
+def step_of(name: str) -> int:
+    """The step in a checkpoint's name."""
+    return int(name.removesuffix(".ckpt").split("-")[1])
+
+
+def _checked(content: Any, name: str) -> dict[str, Any]:
+    """The content of a manifest.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: if it is that of something else.
+    """
+    files = {str(key): (int(entry["size"]), str(entry["sha256"])) for key, entry in content["files"].items()}
+    own = all(key == name or (key.startswith(f"{name}/") and key.count("/") == 1) for key in files)
+    if content["format"] != FORMAT or not isinstance(content["number"], int) or not files or not own:
+        raise ValueError(name)
+    return dict(content)
 
 
 def checkpoint_folder(root: str | Path, dirname: str) -> CheckpointFolder:

@@ -1,5 +1,6 @@
 """A checkpoint written behind the training: one copy to the host's memory, the rest in a thread."""
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -31,8 +32,10 @@ def _copied(content: Any, storages: dict[int, Tensor], old: list[Tensor], new: l
     if isinstance(content, Tensor):
         return _copied_tensor(content.detach(), storages, old, new)
     if isinstance(content, dict):
-        # Also an OrderedDict and its like, with what they know of themselves (`_metadata` of a state_dict).
         copied = content.copy()
+        # What an OrderedDict knows of itself is not copied by it: the `_metadata` of a state_dict.
+        if hasattr(content, "__dict__"):
+            vars(copied).update(copy.deepcopy(vars(content)))
         for key, value in content.items():
             copied[key] = _copied(value, storages, old, new)
         return copied
@@ -40,12 +43,14 @@ def _copied(content: Any, storages: dict[int, Tensor], old: list[Tensor], new: l
         return [_copied(value, storages, old, new) for value in content]
     if type(content) is tuple:
         return tuple(_copied(value, storages, old, new) for value in content)
-    return content
+    return copy.deepcopy(content)
 
 
 def _copied_tensor(tensor: Tensor, storages: dict[int, Tensor], old: list[Tensor], new: list[Tensor]) -> Tensor:
     if tensor.layout is not torch.strided or tensor.is_quantized or type(tensor) is not Tensor:
         return tensor.cpu().clone()
+    if tensor.is_conj() or tensor.is_neg():  # bits that the memory does not have
+        tensor = tensor.resolve_conj().resolve_neg()
     storage = tensor.untyped_storage()
     key = storage._cdata
     if key not in storages:

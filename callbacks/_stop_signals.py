@@ -2,8 +2,8 @@
 
 import os
 import signal
-import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -41,6 +41,7 @@ class StopSignals:
         self.received: int | None = None
         self._handlers: dict[int, Any] = {}  # those that were there before
         self._launcher: Any = None
+        self._is_led = False  # whether another process started this one
         self._requeue: tuple[int, Any] | None = None  # SLURM's signal, and Lightning's answer to it
 
     def attach(self, trainer: Trainer) -> None:
@@ -49,6 +50,7 @@ class StopSignals:
             return
         self.received = None
         self._launcher = trainer.strategy.launcher
+        self._is_led = type(self._launcher).__name__ == "_SubprocessScriptLauncher" and not trainer.is_global_zero
         environment: Any = trainer._accelerator_connector.cluster_environment
         if type(environment).__name__ == "SLURMEnvironment" and environment.auto_requeue:
             self._requeue = environment.requeue_signal, trainer._signal_connector._slurm_sigusr_handler_fn
@@ -58,7 +60,7 @@ class StopSignals:
     def detach(self) -> None:
         """Give the signals back."""
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
         self._handlers, self._requeue = {}, None
 
     def requeue(self, signum: int) -> bool:
@@ -74,13 +76,25 @@ class StopSignals:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            self.detach()
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+            # What a process group is sent, the first process passes on as well: to the others it comes twice.
+            if not (self._is_led and signum == self.received and signum != signal.SIGINT):
+                self._end(signum)
             return
         self.received = signum
-        # Ctrl-C reaches every process of a terminal; another signal only this one, so it is passed on.
-        if signum != signal.SIGINT and type(self._launcher).__name__ == "_SubprocessScriptLauncher":
+        # Ctrl-C reaches every process of a terminal; another signal may reach only this one, so it is passed on.
+        if signum != signal.SIGINT:
+            self._pass_on(signum)
+        text = f"\n{signal.Signals(signum).name}: finishing this step and saving; once more to stop at once.\n"
+        with suppress(OSError):  # whoever read it may be gone by the same Ctrl-C
+            os.write(2, text.encode())
+
+    def _end(self, signum: int) -> None:
+        """End this process and those it leads, at once."""
+        self._pass_on(getattr(signal, "SIGKILL", signal.SIGTERM))
+        self.detach()
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
+    def _pass_on(self, signum: int) -> None:
+        if type(self._launcher).__name__ == "_SubprocessScriptLauncher":
             self._launcher.kill(signum)
-        name = signal.Signals(signum).name
-        print(f"\n{name}: finishing this step and saving; once more to stop at once.", file=sys.stderr, flush=True)

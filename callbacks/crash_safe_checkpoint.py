@@ -3,7 +3,8 @@
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,8 @@ class CrashSafeCheckpoint(Checkpoint):
             EX_TEMPFAIL of sysexits.h. After SIGINT it is 130.
 
     Raises:
-        ValueError: for a value that is not possible; in `setup` for an asynchronous sharded checkpoint.
+        ValueError: for a value that is not possible; in `setup` for an asynchronous sharded checkpoint, DeepSpeed, and
+            Lightning's AsyncCheckpointIO.
         CheckpointError: if a checkpoint cannot be written, from the start of fit on.
     """
 
@@ -96,6 +98,11 @@ class CrashSafeCheckpoint(Checkpoint):
         self._folder = CheckpointFolder(dirname)
         self._missing = False  # whether the monitor has not been logged so far
         self._is_best = False  # whether the validation at this epoch's end was the best
+        self._pending: tuple[str, Sequence[str], float] | None = (
+            None  # what is being written, its links, the best score
+        )
+        self._sure_score = self.best_model_score  # that of best.ckpt
+        self._cause: BaseException | None = None  # of the error that is being told
         self._saved_step: int | None = None  # of this run's last checkpoint, or before its first step
         self._saved_time = 0.0
         self._copy, self._behind = HostCopy(), Behind()
@@ -130,10 +137,20 @@ class CrashSafeCheckpoint(Checkpoint):
             trainer.callbacks = [*(other for other in trainer.callbacks if other is not self), self]  # type: ignore[attr-defined]
         self._folder = checkpoint_folder(trainer.default_root_dir, self.dirname)
         self.best_model_path, self.last_model_path = self._folder.linked("best"), self._folder.linked("last")
-        if stage == "fit":
-            if self.asynchronous and _is_sharded(trainer):
-                raise ValueError("asynchronous=True: must be False for sharded checkpoints, which all ranks write")
-            self._settle(trainer, _error_of(self._folder.try_out) if trainer.is_global_zero else None, "checkpoints")
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._refuse(trainer)
+            error = self._error_of(self._folder.try_out) if trainer.is_global_zero else None
+            self._settle(trainer, error, "checkpoints")
+
+    def _refuse(self, trainer: Trainer) -> None:
+        """Say what cannot work while it is cheap."""
+        writer = type(trainer.strategy.checkpoint_io).__name__
+        if self.asynchronous and _writes_shards(trainer):
+            raise ValueError("asynchronous=True: must be False for sharded checkpoints, which all ranks write")
+        if writer == "AsyncCheckpointIO":
+            raise ValueError(f"plugins={writer}: hides when a file is complete; take asynchronous=True instead")
+        if type(trainer.strategy).__name__ == "DeepSpeedStrategy":
+            raise ValueError("strategy=DeepSpeedStrategy: must be another one; it writes checkpoints of its own kind")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to listen for signals; after Lightning has put its own handlers in place, so that they come back.
@@ -144,17 +161,33 @@ class CrashSafeCheckpoint(Checkpoint):
             self.best_model_path = self.last_model_path = ""
         if not self.best_model_path:
             self.best_model_score = math.inf if self.mode == "min" else -math.inf
-        self._is_best = False
+        self._is_best, self._pending, self._sure_score = False, None, self.best_model_score
         # What Lightning counts is one step short here where it resumes within an epoch: the first batch knows.
         self._saved_step, self._saved_time = None, time.monotonic()
-        if trainer.is_global_zero:
-            self._folder.clear()
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._begin(trainer)
         if self.stop_on_signal:
             self._signals.attach(trainer)
 
+    def _begin(self, trainer: Trainer) -> None:
+        if error := self._error_of(self._folder.clear):
+            rank_zero_warn(f"{self._folder}: what a killed process left could not be removed: {error}")
+        with suppress(OSError):  # what is wrong is found out, and said, by writing
+            if self._folder.begin(resumed=trainer.global_step > 0):
+                rank_zero_warn(
+                    f"{self._folder} holds checkpoints of another run, which stay; the newest will be this one's. "
+                    "To go on from them, give the path to fit: ckpt_path=CrashSafeCheckpoint.latest(folder)"
+                )
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for what is being written; say so if the run validates, and there never was a best."""
-        self._settle(trainer, _error_of(self._behind.finish), "the last checkpoint")
+        """Wait for what is being written; answer a signal that came since; say if there never was a best.
+
+        Here, for at its teardown Lightning has given the signals back already.
+        """
+        self._finish_behind(trainer)
+        if signum := self._signal(trainer):
+            self._stop(trainer, signum)
+        self._signals.detach()
         if self._missing and validates(trainer):
             warn_of_monitor(trainer, self, str(self.monitor), "there is no best.ckpt")
 
@@ -168,7 +201,7 @@ class CrashSafeCheckpoint(Checkpoint):
 
     def _leave(self) -> None:
         self._signals.detach()
-        if (error := _error_of(self._behind.finish)) is not None:
+        if (error := self._error_of(self._behind.finish)) is not None:
             rank_zero_warn(f"{self._folder}: {error}")
         self._behind.close()
 
@@ -217,18 +250,25 @@ class CrashSafeCheckpoint(Checkpoint):
         Several ranks ask each other about signals and the clock only now and then, for that waits.
         """
         asks = now or trainer.world_size == 1 or step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
-        stops = asks and self._any_rank(trainer, self._signals.received is not None)
+        signum = self._signal(trainer) if asks else 0
         if self._saved_step is None:
             self._saved_step = step - 1
-        if not (best or wanted or stops):
+        if not (best or wanted or signum):
             every, minutes = self.save_every, self.save_every_minutes
             wanted = every is not None and step // every > self._saved_step // every
             if minutes is not None and asks and not wanted:
                 wanted = self._any_rank(trainer, time.monotonic() - self._saved_time >= 60 * minutes)
-        if best or wanted or stops:
-            self._save(trainer, step, ["last", "best"] if best else ["last"])
-        if stops:
-            self._stop(trainer)
+        saved = (best or wanted or signum) and self._save(trainer, step, ["last", "best"] if best else ["last"])
+        if signum:
+            self._stop(trainer, signum, bool(saved))
+
+    def _signal(self, trainer: Trainer) -> int:
+        """The signal that any rank has received, the same on all; 0 if there was none."""
+        mine = self._signals.received or 0
+        if trainer.world_size == 1:
+            return mine
+        found = torch.tensor(mine, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(found, reduce_op="max"))
 
     def _any_rank(self, trainer: Trainer, decision: bool) -> bool:
         return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
@@ -238,22 +278,26 @@ class CrashSafeCheckpoint(Checkpoint):
             return False
         value = trainer.callback_metrics.get(self.monitor)
         self._missing = value is None
-        if value is None:
-            return False
-        score = float(value)
+        score = math.nan if value is None else float(value)  # which is not better than anything
         better = score < self.best_model_score if self.mode == "min" else score > self.best_model_score
         # Every rank writes if one does: a metric that was logged without a reduction differs between them.
-        if better := self._any_rank(trainer, better):
+        better = self._any_rank(trainer, better)
+        if better and not math.isnan(score):
             self.best_model_score = score
         return better
 
     # Writing
 
-    def _save(self, trainer: Trainer, step: int, links: Sequence[str]) -> None:
+    def _save(self, trainer: Trainer, step: int, links: Sequence[str]) -> bool:
         """Write a checkpoint, and have these links mean it; all ranks take part, and learn of a failure."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return False
+        best = self.best_model_score
+        self._finish_behind(trainer)
+        if "best" in links:
+            self.best_model_score = best  # also where the one before failed, which put it back
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         self._saved_step, self._saved_time = step, time.monotonic()
-        self._settle(trainer, _error_of(self._behind.finish), "the checkpoint before")
         name = trainer.strategy.broadcast(self._folder.new_name(step) if trainer.is_global_zero else "")
         facts = {
             "step": step,
@@ -264,22 +308,36 @@ class CrashSafeCheckpoint(Checkpoint):
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "torch": torch.__version__,
         }
+        self._pending = name, links, self.best_model_score
+        if self.asynchronous:
+            if trainer.is_global_zero:
+                content = self._copy.of(checkpoint)
+                self._behind.start(lambda: self._write(trainer, content, name, facts, links))
+            return True
         error = None
-        if _is_sharded(trainer):
+        if _writes_shards(trainer):
             error = self._write_shards(trainer, checkpoint, name, facts, links)
         elif trainer.is_global_zero:
-            content = self._copy.of(checkpoint) if self.asynchronous else checkpoint
+            error = self._error_of(lambda: self._write(trainer, checkpoint, name, facts, links))
+        return self._take_over(trainer, error, name)
 
-            def write() -> None:
-                self._write(trainer, content, name, facts, links)
+    def _finish_behind(self, trainer: Trainer) -> bool:
+        """Wait for what is being written, if anything is; whether nothing went wrong."""
+        if self._pending is None:
+            return True
+        return self._take_over(trainer, self._error_of(self._behind.finish), self._pending[0])
 
-            if self.asynchronous:
-                self._behind.start(write)
-            else:
-                error = _error_of(write)
-        if self._settle(trainer, error, name):
-            for link in links:
-                setattr(self, f"{link}_model_path", self._folder.place(link, name))
+    def _take_over(self, trainer: Trainer, error: str | None, what: str) -> bool:
+        """Make paths and score those of what was written, or of what was written before that."""
+        assert self._pending is not None
+        (name, links, score), self._pending = self._pending, None
+        now, self.best_model_score = self.best_model_score, self._sure_score
+        if not self._settle(trainer, error, what):
+            return False
+        self._sure_score, self.best_model_score = score, now
+        for link in links:
+            setattr(self, f"{link}_model_path", self._folder.place(link, name))
+        return True
 
     def _write(
         self, trainer: Trainer, checkpoint: dict[str, Any], name: str, facts: Mapping[str, Any], links: Sequence[str]
@@ -290,10 +348,11 @@ class CrashSafeCheckpoint(Checkpoint):
             else:  # a plugin of the user's
                 trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, self._folder.staged(name))
                 files = self._folder.measure(name)
-            self._finish(name, files, facts, links)
+            self._folder.commit(name, files, facts)
         except BaseException:
             self._folder.discard(name)
             raise
+        self._link(name, links)
 
     def _write_shards(
         self, trainer: Trainer, checkpoint: dict[str, Any], name: str, facts: Mapping[str, Any], links: Sequence[str]
@@ -305,26 +364,47 @@ class CrashSafeCheckpoint(Checkpoint):
             files.update(self._folder.measure(name, trainer.global_rank))
 
         files: dict[str, Any] = {}
-        error = _error_of(write)
+        error = self._error_of(write)
         parts: list[Any] = [(error, files)] * trainer.world_size
         torch.distributed.all_gather_object(parts, (error, files))
         error = next((found for found, _ in parts if found is not None), None)
         if trainer.is_global_zero:
             joined = {key: value for _, part in parts for key, value in part.items()}
-            error = error or _error_of(lambda: self._finish(name, joined, facts, links))
-            if error is not None:
-                self._folder.discard(name)
+            error = error or self._error_of(lambda: self._folder.commit(name, joined, facts))
+            if error is None:
+                return self._error_of(lambda: self._link(name, links))
+            self._folder.discard(name)
         return error
 
-    def _finish(self, name: str, files: Mapping[str, Any], facts: Mapping[str, Any], links: Sequence[str]) -> None:
-        self._folder.commit(name, files, facts)
+    def _link(self, name: str, links: Sequence[str]) -> None:
         for link in links:
             self._folder.point(link, name)
-        self._folder.prune(self.keep_checkpoints)
+        try:
+            self._folder.prune(self.keep_checkpoints)
+        except OSError as error:  # what was to be written is written
+            rank_zero_warn(f"{self._folder}: an old checkpoint could not be removed: {error}")
+
+    def _error_of(self, work: Callable[[], object]) -> str | None:
+        """Do it, and give what went wrong as a sentence, which other ranks can be told.
+
+        Whatever it is: a rank that raises alone leaves the others waiting. torch's CheckpointException is no Exception.
+        """
+        try:
+            work()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except OSError as error:
+            self._cause = error
+            return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+        except BaseException as error:
+            self._cause = error
+            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return None
 
     def _settle(self, trainer: Trainer, error: str | None, what: str) -> bool:
         """Whether there was no error on the first rank; else the run stops or goes on, as was chosen."""
         error = trainer.strategy.broadcast(error) if trainer.world_size > 1 else error
+        cause, self._cause = self._cause, None
         if error is None:
             return True
         whole = "; what was written before is whole" if self.last_model_path else ""
@@ -332,32 +412,25 @@ class CrashSafeCheckpoint(Checkpoint):
         if self.on_failure == "stop":
             raise CheckpointError(
                 f"{message}.\nMake room, or take another folder (out_dir, dirname); on_failure=continue trains on."
-            )
+            ) from cause
         rank_zero_warn(message)
         return False
 
-    def _stop(self, trainer: Trainer) -> None:
-        signum = self._signals.received or signal.SIGTERM  # another rank's
-        self._settle(trainer, _error_of(self._behind.finish), "the last checkpoint")
+    def _stop(self, trainer: Trainer, signum: int, saved: bool = True) -> None:
+        """End the run after its last checkpoint; or have it requeued, and go on until SLURM ends it."""
+        if not (self._finish_behind(trainer) and saved) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise CheckpointError(
+                f"{self._folder}: stopped by {signal.Signals(signum).name}, and nothing could be saved; the newest "
+                f"checkpoint is {self.last_model_path or 'none'}."
+            )
         if not self._signals.requeue(signum):
             code = 128 + signum if signum == signal.SIGINT else self.requeue_code
             raise StopRequested(signum, self.last_model_path, code)
 
 
-def _is_sharded(trainer: Trainer) -> bool:
+def _writes_shards(trainer: Trainer) -> bool:
     """Whether a checkpoint is a folder to which each rank writes its part."""
     strategy = trainer.strategy
     return bool(getattr(strategy, "_save_distributed_checkpoint", False)) or (
         getattr(strategy, "_state_dict_type", "") == "sharded"
     )
-
-
-def _error_of(work: Any) -> str | None:
-    """Do it, and give what went wrong with the disk: as a sentence, which other ranks can be told."""
-    try:
-        work()
-    except OSError as error:
-        return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-    except RuntimeError as error:  # how torch's writer says it
-        return str(error).splitlines()[0]
-    return None

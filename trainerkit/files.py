@@ -72,7 +72,7 @@ def flush(path: Path) -> None:
     # Windows cannot open folders, and needs no flush of them.
     if os.name == "nt" and path.is_dir():
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # there only what may be written is flushed
     try:
         os.fsync(handle)
     finally:

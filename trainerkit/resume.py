@@ -32,8 +32,7 @@ def is_weights(path: str) -> bool:
 
 def _choose(cfg: DictConfig, out_dir: Path) -> str | None:
     fits = cfg.stage == "fit"
-    dirname = OmegaConf.select(cfg, "callbacks.crash_safe_checkpoint.dirname")
-    folder = checkpoint_folder(out_dir, str(dirname or "checkpoints"))
+    folder = checkpoint_folder(out_dir, _dirname(cfg))
     if cfg.resume is None:
         if fits and folder.newest()[0] is not None:
             raise UserError(
@@ -44,6 +43,14 @@ def _choose(cfg: DictConfig, out_dir: Path) -> str | None:
     if cfg.resume == "auto":
         return _newest(folder) if fits else _best(cfg, folder)
     return _named(str(cfg.resume), folder, out_dir, fits)
+
+
+def _dirname(cfg: DictConfig) -> str:
+    """Where this config's checkpoints are, whatever name they have among the callbacks."""
+    for node in (cfg.get("callbacks") or {}).values():
+        if isinstance(node, DictConfig) and str(node.get("_target_")).endswith(".CrashSafeCheckpoint"):
+            return str(node.get("dirname") or "checkpoints")
+    return "checkpoints"
 
 
 def _newest(folder: CheckpointFolder) -> str | None:

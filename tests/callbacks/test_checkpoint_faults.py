@@ -107,6 +107,56 @@ def test_what_is_missing_is_passed_over(copy):
     assert falls_back(copy, "step-00000002.ckpt: has no manifest")
 
 
+def test_a_checkpoint_alone_is_taken_where_there_is_no_manifest_at_all(copy):
+    """As where only the .ckpt files were copied; a file has its name only when it is complete."""
+    for manifest in copy.glob("*.json"):
+        manifest.unlink()
+    with pytest.warns(UserWarning, match="has no manifest"):
+        assert latest(copy) == str(copy / "step-00000002.ckpt")
+    trainer = toy_trainer(copy.parent, [CrashSafeCheckpoint(monitor=None)], max_epochs=2, limit_train_batches=0)
+    trainer.fit(Wide(), wide_loader())
+    assert len(list(copy.glob("step*.ckpt"))) == 2
+
+
+def test_what_cannot_be_read_for_the_moment_stays(copy, monkeypatch):
+    """As where a network file system says ESTALE once: nothing is removed, and no number given twice."""
+    folder = CheckpointFolder(copy)
+    real, times = folder.fs.cat_file, 2
+
+    def stale(path, **options):
+        nonlocal times
+        if path.endswith("step-00000002.json") and times:
+            times -= 1
+            raise OSError(116, "Stale file handle")
+        return real(path, **options)
+
+    monkeypatch.setattr(type(folder.fs), "cat_file", lambda self, path, **options: stale(path, **options))
+    content = torch.load(copy / "step-00000001.ckpt", weights_only=True)
+    for _ in range(2):
+        files = folder.write(content, "step-00000003.ckpt")
+        with pytest.raises(OSError, match="Stale file handle"):
+            folder.commit("step-00000003.ckpt", files, {"resumable": True})
+    folder.commit("step-00000003.ckpt", folder.write(content, "step-00000003.ckpt"), {"resumable": True})
+    assert json.loads((copy / "step-00000003.json").read_text())["number"] == 3
+    folder.prune(2)
+    assert sorted(path.name for path in copy.glob("step*.ckpt")) == ["step-00000002.ckpt", "step-00000003.ckpt"]
+
+
+def test_without_links_pointers_say_which_is_last_and_best(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    monkeypatch.setattr(os, "link", refused)
+    toy_trainer(tmp_path, [CrashSafeCheckpoint(monitor=None)], max_epochs=2).fit(Wide(), wide_loader())
+    folder = tmp_path / "checkpoints"
+    assert not (folder / "last.ckpt").is_symlink()
+    assert (folder / "last.ckpt").read_bytes() == (folder / "step-00000002.ckpt").read_bytes()
+    assert CheckpointFolder(folder).target("last") == "step-00000002.ckpt"
+    (folder / "step-00000002.ckpt").write_bytes(b"damaged")
+    assert falls_back(folder, "has 7 bytes")
+
+
 def test_links_are_not_needed(copy):
     (copy / "last.ckpt").unlink()
     (copy / "best.ckpt").symlink_to("nowhere")
@@ -293,6 +343,43 @@ def test_a_folder_that_cannot_be_written_is_said_before_training(tmp_path):
         toy_trainer(tmp_path, [CrashSafeCheckpoint()]).fit(Never(), toy_loader())
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_going_on_the_best_is_what_was_written(tmp_path, asynchronous, monkeypatch):
+    class Scripted(ToyModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", torch.tensor((1.0, 0.5, 0.7, 2.0)[self.current_epoch]))
+
+    real = CheckpointFolder.write
+
+    def write(self, checkpoint, name):
+        if checkpoint["epoch"] == 1:
+            raise TypeError("cannot pickle it")
+        return real(self, checkpoint, name)
+
+    monkeypatch.setattr(CheckpointFolder, "write", write)
+    callback = CrashSafeCheckpoint(on_failure="continue", asynchronous=asynchronous)
+    with pytest.warns(UserWarning, match="step-00000008.ckpt could not be written: TypeError: cannot pickle it"):
+        toy_trainer(tmp_path, [callback], max_epochs=4).fit(Scripted(), toy_loader(), toy_loader())
+    # At once 0.7 is compared with what is there; behind the training the failure is known only after the comparison.
+    assert callback.best_model_score == pytest.approx(1.0 if asynchronous else 0.7)
+    best = torch.load(callback.best_model_path, weights_only=True)
+    assert best["global_step"] == (4 if asynchronous else 12)
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_cost_the_new_one(tmp_path, monkeypatch):
+    def refused(self, place):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(CheckpointFolder, "_remove", refused)
+    for dirname in ("checkpoints", f"memory://{tmp_path.name}"):
+        callback = CrashSafeCheckpoint(monitor=None, dirname=dirname, keep_checkpoints=1)
+        with pytest.warns(UserWarning, match="an old checkpoint could not be removed: .*Device or resource busy"):
+            toy_trainer(tmp_path, [callback], max_epochs=2).fit(Wide(), wide_loader())
+        found = latest(dirname if "://" in dirname else tmp_path / dirname)
+        assert found is not None
+        assert found.endswith("step-00000002.ckpt")
+
+
 def test_what_fails_behind_the_training_is_said_at_the_next_checkpoint(tmp_path):
     callback = CrashSafeCheckpoint(monitor=None, asynchronous=True)
 
@@ -304,7 +391,7 @@ def test_what_fails_behind_the_training_is_said_at_the_next_checkpoint(tmp_path)
                 (tmp_path / "checkpoints").write_text("a file is in the way")
 
     trainer = toy_trainer(tmp_path, [callback], max_epochs=6)
-    with pytest.raises(CheckpointError, match="the checkpoint before could not be written: File exists"):
+    with pytest.raises(CheckpointError, match=r"step-00000003.ckpt could not be written: File exists"):
         trainer.fit(InTheWay(), wide_loader())
     assert trainer.global_step == 4
     assert latest(tmp_path / "elsewhere") == str(tmp_path / "elsewhere" / "step-00000002.ckpt")

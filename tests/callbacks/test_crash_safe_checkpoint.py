@@ -5,11 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import fsspec
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from tests.support import ROOT, ToyModule, toy_loader, toy_trainer
 from trainerkit.callbacks import EMA, CheckpointError, CrashSafeCheckpoint, ExactResume, History, StopRequested
@@ -135,7 +139,7 @@ def test_a_run_resumed_from_any_checkpoint_validates_as_often_and_ends_with_the_
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("place", ["training_step", "validation_step"])
-def test_a_signal_finishes_the_step_saves_and_stops_with_its_exit_code(tmp_path, signum, place, capsys):
+def test_a_signal_finishes_the_step_saves_and_stops_with_its_exit_code(tmp_path, signum, place, capfd):
     class Interrupted(ToyModule):
         def training_step(self, batch, batch_idx):
             if place == "training_step" and self.global_step == 5:
@@ -157,7 +161,7 @@ def test_a_signal_finishes_the_step_saves_and_stops_with_its_exit_code(tmp_path,
     assert stop.value.code == (130 if signum == signal.SIGINT else 75)
     assert stop.value.signal == signal.Signals(signum).name
     assert load(stop.value.path)["global_step"] == {"training_step": 6, "validation_step": 8}[place]
-    assert "finishing this step and saving" in capsys.readouterr().err
+    assert "finishing this step and saving" in capfd.readouterr().err
     assert [signal.getsignal(number) for number in numbers] == handlers
 
 
@@ -275,6 +279,20 @@ def test_a_host_copy_shares_memory_as_the_original_and_is_reused():
     assert torch.equal(second["a"], torch.zeros(2, 3))
 
 
+def test_a_host_copy_forgets_nothing_and_shares_nothing_that_changes():
+    state = torch.nn.Linear(2, 1).state_dict()
+    numbers = torch.tensor([1 - 2j]).conj()
+    array, named = np.zeros(2), NamedTuple("Pair", [("a", torch.Tensor)])(torch.zeros(1))
+    content = {"state": state, "conjugate": numbers, "array": array, "named": named, "text": "x"}
+    copied = HostCopy().of(content)
+    array += 1
+    named.a.add_(1)
+    assert copied["state"]._metadata == state._metadata
+    assert torch.equal(copied["conjugate"], torch.tensor([1 + 2j]))
+    assert copied["array"].tolist() == [0, 0]
+    assert copied["named"].a.item() == 0
+
+
 def test_at_a_url_it_is_written_found_and_resumed(tmp_path):
     url = f"memory://{tmp_path.name}"
     torch.manual_seed(1)
@@ -329,6 +347,103 @@ def test_in_two_processes_one_writes_and_both_learn_of_a_failure(tmp_path):
         "step-00000002.ckpt",
         "step-00000002.json",
     ]
+
+
+def test_a_signal_to_a_process_group_is_one_signal_to_each_rank(tmp_path):
+    """GNU timeout and systemd send it to all; the first process passes it on as well."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, time
+from tests.support import ToyModule, toy_loader, toy_trainer
+from trainerkit.callbacks import CrashSafeCheckpoint
+class Slow(ToyModule):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 3:
+            open({str(tmp_path)!r} + f"/ready{{self.global_rank}}", "w").close()
+            time.sleep(1.5)
+        return self.loss(batch)
+if __name__ == "__main__":
+    callback = CrashSafeCheckpoint(monitor=None)
+    toy_trainer({str(tmp_path)!r}, [callback], max_epochs=500, devices=2, strategy="ddp", log_every_n_steps=2).fit(
+        Slow(), toy_loader()
+    )
+""")
+    process = subprocess.Popen(
+        [sys.executable, str(script)], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    err = process.communicate(timeout=90)[1]
+    assert process.returncode == 75, err
+    found = CrashSafeCheckpoint.latest(tmp_path / "checkpoints")
+    assert load(found)["global_step"] == 4
+
+
+def test_who_read_the_screen_may_be_gone_by_the_same_signal(tmp_path):
+    script = f"""
+import os, signal
+from tests.support import ToyModule, toy_loader, toy_trainer
+from trainerkit.callbacks import CrashSafeCheckpoint
+class Interrupted(ToyModule):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 2:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, 2)
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().training_step(batch, batch_idx)
+toy_trainer({str(tmp_path)!r}, [CrashSafeCheckpoint()]).fit(Interrupted(), toy_loader())
+"""
+    answer = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    assert answer.returncode == 130
+    assert steps_of(tmp_path) == [3]
+
+
+def test_a_signal_after_the_last_checkpoint_is_answered_too(tmp_path):
+    class Late(Callback):
+        def on_train_end(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StopRequested) as stop:
+        toy_trainer(tmp_path, [Late(), CrashSafeCheckpoint()]).fit(ToyModule(), toy_loader(), toy_loader())
+    assert load(stop.value.path)["global_step"] == 12
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_trial_run_writes_nothing(tmp_path):
+    toy_trainer(tmp_path, [CrashSafeCheckpoint()], fast_dev_run=True).fit(ToyModule(), toy_loader(), toy_loader())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_run_in_a_used_folder_says_so_and_removes_nothing(tmp_path):
+    toy_trainer(tmp_path, [CrashSafeCheckpoint(monitor=None)]).fit(ToyModule(), toy_loader())
+    with pytest.warns(UserWarning, match="holds checkpoints of another run, which stay"):
+        toy_trainer(tmp_path, [CrashSafeCheckpoint(monitor=None, save_every=1, keep_checkpoints=1)], max_epochs=2).fit(
+            ToyModule(), toy_loader()
+        )
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.glob("step*.ckpt")) == [
+        "step-00000004.ckpt", "step-00000008-1.ckpt", "step-00000008.ckpt", "step-00000012.ckpt",
+    ]  # fmt: skip
+    assert CrashSafeCheckpoint.latest(folder) == str(folder / "step-00000008-1.ckpt")
+
+
+def test_what_cannot_be_crash_safe_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="plugins=AsyncCheckpointIO: .* take asynchronous=True instead"):
+        toy_trainer(tmp_path, [CrashSafeCheckpoint()], plugins=[AsyncCheckpointIO()]).fit(ToyModule(), toy_loader())
+    trainer = toy_trainer(tmp_path, [CrashSafeCheckpoint()])
+    trainer.strategy.__class__ = type("DeepSpeedStrategy", (type(trainer.strategy),), {})
+    with pytest.raises(ValueError, match="strategy=DeepSpeedStrategy: must be another one"):
+        trainer.fit(ToyModule(), toy_loader())
+
+
+def test_a_file_url_is_a_folder(tmp_path):
+    callback = CrashSafeCheckpoint(monitor=None, dirname=f"file://{tmp_path}/there")
+    toy_trainer(tmp_path, [callback]).fit(ToyModule(), toy_loader())
+    assert CrashSafeCheckpoint.latest(f"file://{tmp_path}/there") == str(tmp_path / "there" / "step-00000012.ckpt")
 
 
 def test_handlers_are_given_back_after_a_normal_run(tmp_path):
