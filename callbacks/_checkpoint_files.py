@@ -9,6 +9,7 @@ At a URL, where nothing can be flushed, renamed or linked, a file appears when i
 and `last.json`, `best.json` take the place of the links.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -16,11 +17,12 @@ import math
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from fsspec.core import url_to_fs
@@ -30,7 +32,7 @@ from trainerkit.files import flush, replacing, write_json
 
 FORMAT = 1
 _NAME = re.compile(r"step-\d{8,}(-\d+)?\.ckpt")
-_BLOCK = 2**20  # bytes
+_BLOCK = 2**22  # bytes
 
 
 class CheckpointFolder:
@@ -109,16 +111,13 @@ class CheckpointFolder:
             return {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with open(self.staged(name), "wb") as file, ThreadPoolExecutor(1) as hasher:
-                hashed: Any = _Hashed(file, hasher)
-                torch.save(checkpoint, hashed)
-                hashed.flush()
-                os.fsync(file.fileno())
+            with _Hashed(self.staged(name)) as file:
+                torch.save(checkpoint, cast(IO[bytes], file))
+                return {name: file.found()}
         except RuntimeError as error:  # torch's writer hides what the system said behind a sentence of its own
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        return {name: hashed.found()}
 
     def measure(self, name: str, of_rank: int | None = None) -> dict[str, Any]:
         """Sizes and hashes of what was staged, and flush it.
@@ -361,27 +360,63 @@ def fault_of(path: str) -> str | None:
 
 
 class _Hashed:
-    """A file that is hashed while it is written; writing waits for the disk's cache, hashing for the processor."""
+    """A new file that is hashed while it is written, by a thread that reads what has been written so far.
 
-    def __init__(self, file: IO[bytes], hasher: ThreadPoolExecutor) -> None:
-        self._file, self._hasher = file, hasher
-        self._digest, self._size = hashlib.sha256(), 0
+    So neither writing nor flushing waits for the hash, which takes as long as both.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115, for the thread sees only what the system has
+        self._size, self._ended = 0, False
+        self._grown = threading.Condition()
+        self._thread = ThreadPoolExecutor(1)
+        self._digest = self._thread.submit(self._follow)
+
+    def __enter__(self) -> "_Hashed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tell(0, ended=True)
+        self._thread.shutdown()
+        self._file.close()
 
     def write(self, content: Any) -> int:
-        """Write and hash bytes."""
-        hashed = self._hasher.submit(self._digest.update, content)
-        written = self._file.write(content)
-        hashed.result()  # what the memory holds may change after this
-        self._size += written
+        """Append bytes."""
+        view, written = memoryview(content), 0
+        while written < len(view):
+            written += self._file.write(view[written:])
+        self._tell(written)
         return written
 
     def flush(self) -> None:
-        """Hand everything to the system."""
-        self._file.flush()
+        """Nothing is held back."""
 
     def found(self) -> dict[str, Any]:
-        """Size and hash, as a manifest has them."""
-        return {"size": self._size, "sha256": self._digest.hexdigest()}
+        """Flush it to the disk; size and hash, as a manifest has them."""
+        self._tell(0, ended=True)
+        os.fsync(self._file.fileno())
+        return {"size": self._size, "sha256": self._digest.result()}
+
+    def _tell(self, written: int, ended: bool = False) -> None:
+        with self._grown:
+            self._size += written
+            self._ended |= ended
+            self._grown.notify()
+
+    def _follow(self) -> str:
+        digest, hashed, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
+        with open(self._path, "rb", buffering=0) as file:
+            while not self._ended or hashed < self._size:
+                with self._grown:
+                    self._grown.wait_for(lambda: self._ended or self._size - hashed >= _BLOCK)  # noqa: B023
+                while hashed < self._size:
+                    count = file.readinto(block)
+                    if not count:
+                        raise OSError(errno.EIO, "what was written cannot be read", self._path)
+                    digest.update(block[:count])
+                    hashed += count
+        return digest.hexdigest()
 
 
 def _digest(file: Any) -> dict[str, Any]:
