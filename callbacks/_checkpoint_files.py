@@ -46,7 +46,7 @@ class CheckpointFolder:
         self.fs, root = url_to_fs(str(path))
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.path = Path(root) if self.is_local else None
-        self._root = root if self.is_local else str(path).rstrip("/")
+        self._root = root if str(path).startswith("file:") else str(path).rstrip("/")
         self._own: dict[str, bool] = {}  # what this run wrote, oldest first, and whether it can be resumed from
         self._number: int | None = None  # of the newest manifest
 
