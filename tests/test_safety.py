@@ -312,6 +312,7 @@ def test_every_choice_of_a_sweep_is_looked_at_before_the_first_runs(tmp_path):
         "experiment/kind": "seed: 1",
         "experiment/evil": HYDRA["a callback"],
         "experiment/sweeps": "hydra: {sweeper: {params: {optimizer: 'adam,evil'}}}",
+        "experiment/own": "hydra: {sweeper: {params: {hydra.run.dir: 'x,y'}}}",
         "optimizer/evil": HYDRA["a callback"],
     }
     for name, text in texts.items():
@@ -323,6 +324,8 @@ def test_every_choice_of_a_sweep_is_looked_at_before_the_first_runs(tmp_path):
     for choice in ("experiment=kind,evil", "experiment=sweeps"):
         with pytest.raises(UserError, match=r"hydra.callbacks.x._target_=os.system: configs may build only from"):
             check_hydra(["task=mae", choice], AllowList(), mine)
+    with pytest.raises(UserError, match="hydra.run.dir=x,y: Hydra's own keys cannot be swept over"):
+        check_hydra(["task=mae", "experiment=own"], AllowList(), mine)
 
 
 def test_every_combination_of_a_sweep_is_looked_at_and_what_it_starts_from(tmp_path):
@@ -353,8 +356,6 @@ def test_what_the_user_says_of_hydra_on_the_command_line_holds(tmp_path):
     check_hydra(["task=mae", "seed=1,2", *said], AllowList())
     with pytest.raises(UserError, match="Sweeping over Hydra's configuration is not supported"):
         check_hydra(["task=mae", "hydra.run.dir=x,y"], AllowList())
-    with pytest.raises(UserError, match="Hydra's own keys cannot be swept over"):
-        check_hydra(["task=mae", "hydra.sweeper.params={hydra.run.dir:'x,y'}"], AllowList())
     with pytest.raises(UserError, match=r"os.system: configs may build only from"):
         check_hydra(["task=mae", "+hydra.callbacks.x._target_=os.system"], AllowList())
 

@@ -1,8 +1,8 @@
 """What Hydra itself would build and set for a sweep, checked before it is handed over.
 
 The node `hydra` of a config names launchers, sweepers, callbacks, logging handlers and environment variables. All of
-them run code, and a choice from a stranger's folder may bring its own (`# @package _global_`), or one that only two choices
-together bring. So every combination of choices that a sweep would come to is composed and looked at first.
+them run code, and a choice from a stranger's folder may bring its own (`# @package _global_`), or two choices together
+one that neither brings alone. So every combination that a sweep would come to is composed and looked at first.
 """
 
 import itertools
@@ -108,8 +108,8 @@ def _combinations(swept: list[Override], groups: set[str]) -> Iterator[list[str]
         values.setdefault(override.get_key_element(), []).extend(found)
     if (count := math.prod(map(len, values.values()))) > _MOST_COMBINATIONS:
         raise UserError(
-            f"This sweep has {count} combinations of choices, and at most {_MOST_COMBINATIONS} are looked at before the "
-            "first job; make several sweeps of it."
+            f"This sweep has {count} combinations of choices, and at most {_MOST_COMBINATIONS} are looked at before "
+            "the first job; make several sweeps of it."
         )
     for combination in itertools.product(*values.values()):
         yield list(combination)
