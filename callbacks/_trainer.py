@@ -32,6 +32,15 @@ def is_stepping(trainer: Trainer, pl_module: LightningModule) -> bool:
     return not pl_module.automatic_optimization or not trainer.fit_loop._should_accumulate()
 
 
+def of_every_rank(trainer: Trainer, value: Any) -> list[Any]:
+    """What each process has; every process has to ask."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """Hand numbers to every logger there is, at the step of Lightning's own metrics of this batch.
 

@@ -93,15 +93,6 @@ def clone_batch(batch: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, batch)
 
 
-def of_every_rank(trainer: Trainer, value: Any) -> list[Any]:
-    """What each process has; every process has to ask."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def _is_of_a_callback(hook: Any, trainer: Trainer) -> bool:
     """Whether a hook on a module is a method of a callback, or was made in one: it must not see what the twin does."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from trainerkit.callbacks._epoch_metrics import (
 )
 from trainerkit.callbacks._inexact import inexact_reasons
 from trainerkit.callbacks._loader_position import LoaderPosition, Replay
+from trainerkit.callbacks._trainer import of_every_rank
 from trainerkit.functional.random import State, random_state, set_random_state
 
 __all__ = ["ExactResume", "random_state", "set_random_state"]
@@ -54,6 +55,7 @@ class ExactResume(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watch the training loaders from their first use, which may be in `configure_optimizers`."""
+        self._restored = None  # of a fit that failed before it came to it; this one's checkpoint is read later
         if stage == "fit":
             self._position = LoaderPosition(trainer, self.replay)
             self._position.attach()
@@ -73,11 +75,7 @@ class ExactResume(Callback):
             mine["position"] = self._position.state()
             mine["generators"] = self._position.generators(trainer.fit_loop._combined_loader.flattened)
             mine["gradients"] = _partial_gradients(trainer, pl_module)
-        states: list[Any] = [mine]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, mine)
-        checkpoint["callbacks"][self.state_key] = {"ranks": states}
+        checkpoint["callbacks"][self.state_key] = {"ranks": of_every_rank(trainer, mine)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""

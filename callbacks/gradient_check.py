@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from trainerkit.callbacks._parameters import as_patterns, is_built, select
-from trainerkit.callbacks._trainer import refuse_sharded
-from trainerkit.callbacks._twin import clone_batch, make_twin, of_every_rank, run_step, unseen
+from trainerkit.callbacks._trainer import of_every_rank, refuse_sharded
+from trainerkit.callbacks._twin import clone_batch, make_twin, run_step, unseen
 from trainerkit.callbacks.exact_resume import random_state, set_random_state
 
 _STEP = 6e-6  # about the cube root of float64's resolution, where cutting off and rounding cost the same

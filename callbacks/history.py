@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from trainerkit.callbacks._trainer import of_every_rank
 from trainerkit.files import write_json
 
 # How Lightning reduces what is logged to an epoch's value.
@@ -181,10 +182,7 @@ def _sums(trainer: Trainer, name: str) -> dict[str, Any] | None:
         reduction = next(kind for kind in _REDUCTIONS if getattr(metric.meta, f"is_{kind}_reduction"))
         weight = metric.cumulated_batch_size if reduction == "mean" else torch.tensor(1)
         own = {"reduction": reduction, "synced": metric.meta.sync.should, "ranks": [metric.value.cpu(), weight.cpu()]}
-    ranks: list[Any] = [own]
-    if trainer.world_size > 1:
-        ranks = [None] * trainer.world_size
-        torch.distributed.all_gather_object(ranks, own)
+    ranks = of_every_rank(trainer, own)
     first: dict[str, Any] | None = ranks[0]
     return first and first | {"ranks": [rank and rank["ranks"] for rank in ranks]}
 

@@ -32,8 +32,8 @@ from trainerkit.callbacks._non_finite import (
 )
 from trainerkit.callbacks._parameters import named_parameters
 from trainerkit.callbacks._snapshot import Buffers, Snapshot, held, scaler_of
-from trainerkit.callbacks._trainer import is_stepping, log_metrics, refuse_sharded, step_number
-from trainerkit.callbacks._twin import clone_batch, make_twin, of_every_rank
+from trainerkit.callbacks._trainer import is_stepping, log_metrics, of_every_rank, refuse_sharded, step_number
+from trainerkit.callbacks._twin import clone_batch, make_twin
 from trainerkit.callbacks.exact_resume import random_state, set_random_state
 
 _ADVICE = {

@@ -21,7 +21,7 @@ from torch import Tensor
 import trainerkit
 from trainerkit.callbacks._digest import digest_of, flat, shown
 from trainerkit.callbacks._parameters import as_patterns, matches, named_parameters, plain_name
-from trainerkit.callbacks._twin import of_every_rank
+from trainerkit.callbacks._trainer import of_every_rank
 
 _SETTINGS = (
     "world_size", "precision", "max_epochs", "min_epochs", "max_steps", "min_steps", "accumulate_grad_batches",

@@ -29,8 +29,7 @@ from trainerkit.callbacks._step_records import (
     read_records,
     whole_part,
 )
-from trainerkit.callbacks._trainer import is_stepping
-from trainerkit.callbacks._twin import of_every_rank
+from trainerkit.callbacks._trainer import is_stepping, of_every_rank
 
 
 class StepsDiffer(RuntimeError):
@@ -53,7 +52,7 @@ class StepHashes(Callback):
         dirname: folder, relative to `trainer.default_root_dir`.
 
     Raises:
-        ValueError: for a value that is not possible.
+        ValueError: for a value that is not possible; in fit, on every rank, if the records of one cannot be read.
         StepsDiffer: in fit, on every rank, if the step of one differs.
     """
 
@@ -76,6 +75,10 @@ class StepHashes(Callback):
         self._names: tuple[str, ...] | None = None  # of the file's last lines
         self._path = Path()
         self._file: TextIO | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what a fit that failed was to be resumed from; this one's checkpoint is read later."""
+        self._restored = []
 
     # Through checkpoints
 
@@ -101,8 +104,16 @@ class StepHashes(Callback):
         self._names = None
         self._path = Path(trainer.default_root_dir) / self.dirname / f"rank{trainer.global_rank}.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._expected = self._recorded()
-        self._compare_until = max(of_every_rank(trainer, max(self._expected, default=-1)))
+        fault = None
+        try:
+            self._expected = self._recorded()
+        except ValueError as error:
+            fault = str(error)
+        found = of_every_rank(trainer, (fault, max(self._expected, default=-1)))
+        # Every rank stops if the file of one is damaged, or the others would wait for it.
+        if faults := [text for text, _ in found if text is not None]:
+            raise ValueError("\n".join(faults))
+        self._compare_until = max(last for _, last in found)
         self._open("a" if self._step else "w")
         if self._step == 0:
             self._keep(trainer, _digests(_state(trainer, pl_module)))

@@ -95,6 +95,7 @@ WRONG = [
     (["task=mae", "trainer.precision=bf17"], "trainer.precision=bf17: must be one of 64, 32, 16, "),
     (["task=mae", "trainer.max_epochs=two"], "trainer.max_epochs=two: must be a whole number or null."),
     (["task=mae", "trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1: must be 0 or more"),
+    (["task=mae", "out_dir=s3://b/run"], "out_dir=s3://b/run: must be a folder of this machine; callbacks.crash_safe_checkpoint.dirname=s3://b/run"),
     (["task=mae", "seed=-1"], "seed=-1: must be a whole number from 0"),
     (["task=mae", "callbacks.ema=false"], "callbacks.ema=False: must be null to remove it"),
     (["-m", "task=mae", "task.network.n_mask=99"], "task.network.n_mask=99: must be from 0 to 19"),

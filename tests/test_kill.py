@@ -210,6 +210,14 @@ def two_runs(tmp_path):
     return tmp_path / "whole", tmp_path / "other"
 
 
+def test_the_versions_of_a_state_dict_are_compared(two_runs):
+    for folder, version in zip(two_runs, (1, 2), strict=True):
+        weights = torch.nn.BatchNorm1d(2).state_dict()
+        weights._metadata[""]["version"] = version
+        torch.save({"state_dict": weights}, folder / "checkpoints/last.ckpt")
+    assert differences(*two_runs) == ["checkpoints/last.ckpt: state_dict._metadata..version is 2 instead of 1"]
+
+
 def test_equal_runs_have_no_differences(two_runs):
     assert differences(*two_runs) == []
 

@@ -129,7 +129,8 @@ def test_data_that_was_changed_since(replay, runs):
 WRONG = [
     ([], "replay: needs the folder of a run, or of two"),
     (["a", "b", "c"], "replay: needs the folder of a run, or of two"),
-    (["a", "--start"], "--start: there is no such flag; replay has --from-start."),
+    (["a", "--start"], "--start: there is no such flag; replay has --from-start and trust=true."),
+    (["a", "trust=yes"], "trust=yes: there is no such flag; replay has --from-start and trust=true."),
     (["none"], "none: has no config.yaml, so it cannot be trained again; name two runs to compare them."),
     (["a", "none"], "none: has no records of steps; train with callbacks=[default,step_hashes] to have them."),
     (["plain"], "plain: was trained without step_hashes; train it with callbacks=[default,step_hashes]."),

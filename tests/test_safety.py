@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from tests.support import ROOT, SMALL_MAE, smooth_spectra
 from tests.test_loading import Payload
+from trainerkit.callbacks._step_records import START, make_record
 from trainerkit.cli import main
 from trainerkit.compose import choices, compose_config, config_loader
 from trainerkit.errors import UserError
@@ -178,6 +179,24 @@ def test_no_config_and_no_folder_of_a_run_can_say_that_it_is_trusted(stranger, c
     assert not (stranger / "ran").exists()
 
 
+@pytest.mark.parametrize("key", ["resume", "task.network.weights"])
+def test_a_run_that_is_trained_again_is_not_trusted_because_its_folder_says_so(stranger, key, capsys):
+    cfg = OmegaConf.load(stranger / "run" / "config.yaml")
+    hashes = {"_target_": "trainerkit.callbacks.StepHashes", "dirname": "step_hashes"}
+    cfg = OmegaConf.merge(cfg, {"trust": True, "resume": None, "callbacks": {"step_hashes": hashes}})
+    OmegaConf.update(cfg, key, "run/checkpoints/last.ckpt")
+    OmegaConf.save(cfg, stranger / "run" / "config.yaml")
+    records = stranger / "run" / "step_hashes" / "rank0.jsonl"
+    records.parent.mkdir()
+    record = make_record(1, 0, {"batch": bytes(32)}, START)
+    records.write_text(record.names_line() + record.as_line())
+    assert "holds pickled code, which was not run" in refused(["replay", "run"], capsys)
+    assert not (stranger / "ran").exists()
+    with pytest.raises(SystemExit):  # the record is none of a run, or there is no step left
+        main(["replay", "run", "trust=true"])
+    assert (stranger / "ran").exists()
+
+
 def test_weights_alone_are_evaluated_and_nothing_else(stranger, capsys):
     exported = "resume=run/best_model.safetensors"
     main([*BARE, "data.path=spectra.npy", "stage=test", "out_dir=new", exported])
@@ -293,6 +312,7 @@ def test_every_choice_of_a_sweep_is_looked_at_before_the_first_runs(tmp_path):
         "experiment/kind": "seed: 1",
         "experiment/evil": HYDRA["a callback"],
         "experiment/sweeps": "hydra: {sweeper: {params: {optimizer: 'adam,evil'}}}",
+        "experiment/own": "hydra: {sweeper: {params: {hydra.run.dir: 'x,y'}}}",
         "optimizer/evil": HYDRA["a callback"],
     }
     for name, text in texts.items():
@@ -304,12 +324,37 @@ def test_every_choice_of_a_sweep_is_looked_at_before_the_first_runs(tmp_path):
     for choice in ("experiment=kind,evil", "experiment=sweeps"):
         with pytest.raises(UserError, match=r"hydra.callbacks.x._target_=os.system: configs may build only from"):
             check_hydra(["task=mae", choice], AllowList(), mine)
+    with pytest.raises(UserError, match="hydra.run.dir=x,y: Hydra's own keys cannot be swept over"):
+        check_hydra(["task=mae", "experiment=own"], AllowList(), mine)
+
+
+def test_every_combination_of_a_sweep_is_looked_at_and_what_it_starts_from(tmp_path):
+    (tmp_path / "extra").mkdir()
+    primary = (ROOT / "configs" / "train.yaml").read_text()
+    together = "  - optional extra@_global_: ${optimizer}_${scheduler}\n  - override hydra/job_logging"
+    (tmp_path / "train.yaml").write_text(primary.replace("  - override hydra/job_logging", together))
+    mine, evil = str(tmp_path), f"# @package _global_\n{HYDRA['a logging factory']}\n"
+    sweep = ["task=mae", "optimizer=adam,sgd", "scheduler=exponential,cosine", "seed=range(9)"]
+    check_hydra(sweep, AllowList(), mine)
+    # The second of both groups; what the task has by default, which the sweep does not name.
+    for name in ("sgd_cosine", "adamw_warmup_cosine"):
+        path = tmp_path / "extra" / f"{name}.yaml"
+        path.write_text(evil)
+        with pytest.raises(UserError, match=r"hydra.job_logging.handlers.x.\(\)=os.system: must be one of"):
+            check_hydra(sweep, AllowList(), mine)
+        path.unlink()
+
+
+def test_more_combinations_than_can_be_looked_at_are_refused():
+    many = ",".join(["adam"] * 50)
+    with pytest.raises(UserError, match="This sweep has 2500 combinations of choices, and at most 2000"):
+        check_hydra(["task=mae", f"optimizer={many}", "scheduler=" + many.replace("adam", "cosine")], AllowList())
 
 
 def test_what_the_user_says_of_hydra_on_the_command_line_holds(tmp_path):
     said = ["+hydra.job.env_set.A='1'", "hydra/job_logging=default", "hydra.run.dir=x", "hydra.sweep.dir=y"]
     check_hydra(["task=mae", "seed=1,2", *said], AllowList())
-    with pytest.raises(UserError, match="Hydra's own keys cannot be swept over"):
+    with pytest.raises(UserError, match="Sweeping over Hydra's configuration is not supported"):
         check_hydra(["task=mae", "hydra.run.dir=x,y"], AllowList())
     with pytest.raises(UserError, match=r"os.system: configs may build only from"):
         check_hydra(["task=mae", "+hydra.callbacks.x._target_=os.system"], AllowList())

@@ -37,10 +37,10 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
             parsed = OverridesParser.create(config_loader=loader).parse_overrides(overrides)
         except Exception as error:  # as below
             raise UserError(first_lines(error)) from error
-        groups = set(_groups(loader))
+        groups = set(all_groups(loader))
         for override in parsed:
             _check_group(override, groups, loader)
-        chosen = [_single(override) for override in parsed]
+        chosen = [next(texts(override)) for override in parsed]
         _check_keys(parsed, chosen, groups)
         try:
             return compose(CONFIG_NAME, overrides=chosen)
@@ -95,11 +95,12 @@ def _read_config(root: str | None, name: str) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
+def all_groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
+    """The config groups, those within others too: `optimizer`, `hydra/launcher`."""
     for name in loader.list_groups(parent):
         group = f"{parent}/{name}" if parent else name
         yield group
-        yield from _groups(loader, group)
+        yield from all_groups(loader, group)
 
 
 def _check_group(override: Override, groups: set[str], loader: ConfigLoader) -> None:
@@ -129,14 +130,16 @@ def _chosen(override: Override) -> Iterator[Any]:
     yield from value if isinstance(value, list) else [value]
 
 
-def _single(override: Override) -> str:
-    """The override as text, or the first of a sweep's."""
+def texts(override: Override) -> Iterator[str]:
+    """An override as text, or one for each value that a sweep gives it."""
     text = str(override.input_line)
+    key = text.partition("=")[0]
     if not override.is_sweep_override():
-        return text
-    if not override.is_discrete_sweep():  # a range of numbers, for a sweeper that draws
-        return f"{text.partition('=')[0]}=0"
-    return f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+        yield text
+    elif not override.is_discrete_sweep():
+        yield f"{key}=0"  # a range of numbers, for a sweeper that draws: no choice of a group
+    else:
+        yield from (f"{key}={value}" for value in override.sweep_string_iterator())
 
 
 def _check_keys(parsed: list[Override], chosen: list[str], groups: set[str]) -> None:

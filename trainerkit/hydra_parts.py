@@ -1,20 +1,23 @@
 """What Hydra itself would build and set for a sweep, checked before it is handed over.
 
 The node `hydra` of a config names launchers, sweepers, callbacks, logging handlers and environment variables. All of
-them run code, and a choice from a stranger's folder may bring its own (`# @package _global_`). So every choice that the
-command line names, also those that a sweep would come to later, is composed and looked at first.
+them run code, and a choice from a stranger's folder may bring its own (`# @package _global_`), or two choices together
+one that neither brings alone. So every combination that a sweep would come to is composed and looked at first.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from trainerkit.compose import CONFIG_NAME, config_loader
+from trainerkit.compose import CONFIG_NAME, all_groups, config_loader, texts
 from trainerkit.errors import UserError, first_lines
 from trainerkit.plugins import AllowList
 
@@ -31,6 +34,7 @@ _LOGGING = frozenset(
         "rich.logging.RichHandler",
     }
 )
+_MOST_COMBINATIONS = 2000  # of choices; each takes some hundredths of a second to compose
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
@@ -52,7 +56,7 @@ def check_search_path(config_dir: str) -> None:
 
 
 def check_hydra(overrides: list[str], allow: AllowList, config_dir: str | None = None) -> None:
-    """Check the node `hydra` for every choice of a command line.
+    """Check the node `hydra` for every combination of choices of a command line.
 
     Args:
         overrides: of the command line, sweeps too.
@@ -61,30 +65,25 @@ def check_hydra(overrides: list[str], allow: AllowList, config_dir: str | None =
 
     Raises:
         UserError: for a target or a logging class that may not be built, a variable of the environment that a config
-            sets, or a sweep over Hydra's own keys.
+            sets, a sweep over Hydra's own keys, or more combinations than can be looked at.
     """
     with config_loader(config_dir) as loader:
         parser = OverridesParser.create(config_loader=loader)
         try:
-            parsed = parser.parse_overrides(overrides)
-            first = _composed([_texts(override)[0] for override in parsed])
-            swept = [*parsed, *_of_sweeper(parser, first)]
-            for override in swept:
-                if override.is_sweep_override() and override.is_hydra_override():
-                    raise UserError(f"{override.input_line}: Hydra's own keys cannot be swept over.")
+            # What the launcher and the sweeper come from, where groups that are swept over are as the defaults say.
+            first = _composed(loader, overrides, RunMode.MULTIRUN)
             check_node(first, allow, overrides)
-            for position, override in enumerate(swept):
-                for text in _texts(override)[1 if position < len(parsed) else 0 :]:
-                    rest = [_texts(other)[0] for other in parsed if other.key_or_group != override.key_or_group]
-                    check_node(_composed([*rest, text]), allow, overrides)
+            swept = [*parser.parse_overrides(overrides), *_of_sweeper(parser, first)]
+            for combination in _combinations(swept, set(all_groups(loader))):
+                check_node(_composed(loader, combination, RunMode.RUN), allow, overrides)
         except UserError:
             raise
         except Exception as error:  # as in compose.py
             raise UserError(first_lines(error)) from error
 
 
-def _composed(overrides: list[str]) -> dict[str, Any]:
-    node = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True).hydra
+def _composed(loader: ConfigLoader, overrides: list[str], mode: RunMode) -> dict[str, Any]:
+    node = loader.load_configuration(CONFIG_NAME, overrides, mode).hydra
     found: Any = OmegaConf.to_container(node, resolve=False)
     return dict(found)
 
@@ -98,15 +97,22 @@ def _of_sweeper(parser: OverridesParser, found: dict[str, Any]) -> list[Override
     return parsed
 
 
-def _texts(override: Override) -> list[str]:
-    """An override as text, or one for each value that a sweep gives it."""
-    text = str(override.input_line)
-    if not override.is_sweep_override():
-        return [text]
-    key = text.partition("=")[0]
-    if not override.is_discrete_sweep():
-        return [f"{key}=0"]  # a range of numbers, for a sweeper that draws: no choice of a group
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+def _combinations(swept: list[Override], groups: set[str]) -> Iterator[list[str]]:
+    """The overrides of each job, but for sweeps over values: of these the first, since no value chooses a config."""
+    values: dict[str, list[str]] = {}  # by key: what the command line and the sweeper's own config give it
+    for override in swept:
+        own = override.is_hydra_override() or override.key_or_group == "hydra"
+        if own and override.is_sweep_override():
+            raise UserError(f"{override.input_line}: Hydra's own keys cannot be swept over.")
+        found = texts(override) if override.key_or_group in groups else itertools.islice(texts(override), 1)
+        values.setdefault(override.get_key_element(), []).extend(found)
+    if (count := math.prod(map(len, values.values()))) > _MOST_COMBINATIONS:
+        raise UserError(
+            f"This sweep has {count} combinations of choices, and at most {_MOST_COMBINATIONS} are looked at before "
+            "the first job; make several sweeps of it."
+        )
+    for combination in itertools.product(*values.values()):
+        yield list(combination)
 
 
 def check_node(hydra: dict[str, Any], allow: AllowList, overrides: list[str]) -> None:

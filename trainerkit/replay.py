@@ -23,13 +23,15 @@ from trainerkit.plugins import AllowList
 from trainerkit.run import run
 
 _FROM_START = "--from-start"
+_TRUST = "trust=true"
 
 
 def replay(arguments: Sequence[str], allow: AllowList) -> bool:
     """Compare two recorded runs, or train one again in a temporary folder and compare each step.
 
     Args:
-        arguments: the folder of a run, or of two; `--from-start` begins anew instead of at a checkpoint.
+        arguments: the folder of a run, or of two; `--from-start` begins anew instead of at a checkpoint; `trust=true`
+            lets the files that the run's config names run code. What that config says of trust does not count.
         allow: decides which targets of the run's config may be built.
 
     Returns:
@@ -38,14 +40,14 @@ def replay(arguments: Sequence[str], allow: AllowList) -> bool:
     Raises:
         UserError: if it cannot be found out, and why.
     """
-    flags = [argument for argument in arguments if argument.startswith("-")]
+    flags = {argument for argument in arguments if argument.startswith(("-", "trust="))}
     folders = [Path(argument).expanduser() for argument in arguments if argument not in flags]
-    if set(flags) - {_FROM_START}:
-        raise UserError(f"{flags[0]}: there is no such flag; replay has {_FROM_START}.")
+    if unknown := sorted(flags - {_FROM_START, _TRUST}):
+        raise UserError(f"{unknown[0]}: there is no such flag; replay has {_FROM_START} and {_TRUST}.")
     if not 1 <= len(folders) <= 2:
         raise UserError("replay: needs the folder of a run, or of two: python -m trainerkit replay RUN [OTHER]")
     if len(folders) == 1:
-        return _train_again(folders[0], bool(flags), allow)
+        return _train_again(folders[0], _FROM_START in flags, _TRUST in flags, allow)
     try:
         steps, differences = compare_folders(*map(_records_of, folders))
     except ValueError as error:
@@ -111,7 +113,7 @@ class Replayed(Exception):
         self.differences = differences
 
 
-def _train_again(folder: Path, from_start: bool, allow: AllowList) -> bool:
+def _train_again(folder: Path, from_start: bool, trust: bool, allow: AllowList) -> bool:
     if os.environ.get("LOCAL_RANK", "0") != "0" and CONFIG_VARIABLE in os.environ:
         # In a process that Lightning started for another device; the first one reports.
         cfg = OmegaConf.load(os.environ[CONFIG_VARIABLE])
@@ -119,7 +121,9 @@ def _train_again(folder: Path, from_start: bool, allow: AllowList) -> bool:
         _run(cfg, allow)
         return False
     with tempfile.TemporaryDirectory(prefix="trainerkit-replay-") as out_dir:
-        ended = _run(_config(folder, from_start, out_dir), allow)
+        cfg = _config(folder, from_start, out_dir)
+        cfg.trust = trust  # the folder may be a stranger's, and is not asked
+        ended = _run(cfg, allow)
     if ended is None:
         raise UserError(f"{folder}: trained again, the run ended before its last recorded step; was it longer before?")
     return _report(ended.steps, ended.differences)

@@ -91,6 +91,11 @@ def _check_settings(cfg: DictConfig) -> None:
         text = values[key]
         if isinstance(text, DictConfig | ListConfig) or (text is None and key == "out_dir") or "\0" in str(text):
             raise UserError(f"{key}={text}: must be a path.")
+        if key == "out_dir" and "://" in str(text):
+            raise UserError(
+                f"out_dir={text}: must be a folder of this machine; callbacks.crash_safe_checkpoint.dirname={text} "
+                "puts the checkpoints there."
+            )
         try:
             Path(str(text)).expanduser().exists()
         except (OSError, RuntimeError) as error:  # too long a name; ~user without a home

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
@@ -499,6 +499,30 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_written_when_fit_is_over(tmp_pa
     _, trainer, _ = fit(tmp_path / "short", IN_PROCESS["shuffled"], max_epochs=1)
     trainer.save_checkpoint(tmp_path / "over.ckpt")
     assert_same(whole, fit(tmp_path / "resumed", IN_PROCESS["shuffled"], resume=tmp_path / "over.ckpt", seed=99))
+
+
+class FailsOnce(Callback):
+    """Ends a fit after its checkpoint was read and before it trains."""
+
+    failed = False
+
+    def on_fit_start(self, trainer, pl_module):
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("failed once")
+
+
+def test_a_fit_from_the_start_after_one_that_failed_to_resume_begins_at_the_first_batch(tmp_path):
+    make = IN_PROCESS["shuffled"]
+    whole = fit(tmp_path / "whole", make)
+    exact, fails = ExactResume(), FailsOnce()
+
+    def trainer(folder, callbacks, **options):
+        return toy_trainer(folder, [*callbacks, fails], **options)
+
+    with pytest.raises(RuntimeError, match="failed once"):
+        fit(tmp_path / "failed", make, resume=whole[2][1], callback=lambda: exact, trainer=trainer)
+    assert_same(whole, fit(tmp_path / "new", make, callback=lambda: exact, trainer=trainer))
 
 
 def test_after_fit_the_loaders_are_as_they_were(tmp_path):

@@ -316,6 +316,26 @@ def test_it_changes_nothing_beside_an_average(tmp_path):
     assert torch.equal(with_it.layer.weight, module.layer.weight)
 
 
+class FailsOnce(Callback):
+    """Ends a fit after its checkpoint was read and before it trains."""
+
+    failed = False
+
+    def on_fit_start(self, trainer, pl_module):
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("failed once")
+
+
+def test_a_fit_from_the_start_after_one_that_failed_to_resume_begins_at_step_0(tmp_path):
+    cut(tmp_path)
+    hashes, fails = StepHashes(), FailsOnce()
+    with pytest.raises(RuntimeError, match="failed once"):
+        fit(tmp_path, fails, hashes=hashes, resume=True)
+    fit(tmp_path / "new", fails, hashes=hashes)
+    assert list(history(tmp_path / "new")) == list(range(STEPS + 1))
+
+
 @pytest.mark.filterwarnings("ignore:.*sync_dist.*")
 def test_each_of_two_ranks_has_its_own_file_and_one_that_differs_stops_both(tmp_path):
     def train(rank, *callbacks, **options):
@@ -339,8 +359,14 @@ def test_each_of_two_ranks_has_its_own_file_and_one_that_differs_stops_both(tmp_
     assert "StepsDiffer: " in differs[0]["error"]
     assert "\nrank 1, step 5: batch.y is " in differs[0]["error"]
     assert f"{file_of(tmp_path, 1)}:" in differs[0]["error"]
-    # A kill does not reach both in the same step.
     file = file_of(tmp_path, 1)
+    content = file.read_text()
+    file.write_text("no\n" + content)
+    damaged = two_processes(lambda rank: train(rank, resume=True, max_epochs=3), tmp_path)
+    assert damaged[0] == damaged[1]
+    assert f"ValueError: path={file}: line 1 is no record of StepHashes" in damaged[0]["error"]
+    file.write_text(content)
+    # A kill does not reach both in the same step.
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
     assert two_processes(lambda rank: train(rank, resume=True, max_epochs=3), tmp_path) == [{"result": "finished"}] * 2
     for rank, before in enumerate(records):

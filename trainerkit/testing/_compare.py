@@ -2,8 +2,10 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +72,10 @@ def _without(value: Any, folder: str) -> Any:
     """The same without the run's folder in paths."""
     if isinstance(value, str):
         return value.replace(folder, "")
+    if isinstance(value, OrderedDict) and hasattr(value, "_metadata"):
+        found = OrderedDict((key, _without(part, folder)) for key, part in value.items())
+        found._metadata = value._metadata  # type: ignore[attr-defined]
+        return found
     if isinstance(value, Mapping):
         return {key: _without(part, folder) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -94,6 +100,9 @@ def first_difference(ours: Any, theirs: Any, path: str = "") -> str | None:
         if extra := [key for key in theirs if key not in ours]:
             return f"{_joined(path, extra[0])} is there, and was not"
         pairs: Iterator[tuple[str, Any, Any]] = ((_joined(path, key), ours[key], theirs[key]) for key in ours)
+        # A state_dict's versions of its modules, by which they read their tensors.
+        if (kept := [getattr(value, "_metadata", None) for value in (ours, theirs)]) != [None, None]:
+            pairs = itertools.chain(pairs, [(_joined(path, "_metadata"), kept[0], kept[1])])
     elif isinstance(ours, Sequence) and not isinstance(ours, str | bytes):
         if len(ours) != len(theirs):
             return f"{path} has {len(theirs)} entries instead of {len(ours)}"
