@@ -23,15 +23,18 @@ _META = (
 
 
 def metrics_so_far(trainer: Any, module: nn.Module) -> State:
-    """The last value of each metric, the sums that `self.log` reduces over the epoch, the states of torchmetrics."""
+    """The last value of each metric of an epoch, the sums that `self.log` reduces over the epoch, the states of torchmetrics."""
     loop = trainer.fit_loop
     results = loop.epoch_loop._results
     # At the end of an epoch its means are to be had; before, asking for them would compute unfinished ones.
     over = loop.epoch_progress.current.completed < loop.epoch_progress.current.processed
     last = trainer.callback_metrics if over else trainer._logger_connector._callback_metrics
     reduced = {key: metric for key, metric in results.items() if metric.meta.on_epoch and not metric.has_reset}
+    # Those of single steps are logged anew; a module that logs them in its on_train_batch_end does so after callbacks
+    # have saved, and a checkpoint would hold the values of the log step before.
+    of_steps = {metric.meta.forked_name(on_step=True) for metric in results.values() if metric.meta.on_step}
     return {
-        "last": {name: _copy(value) for name, value in last.items()},
+        "last": {name: _copy(value) for name, value in last.items() if name not in of_steps},
         "sums": {key: _sums(metric) for key, metric in reduced.items()},
         "metrics": {
             name: {"count": metric._update_count} | {key: _copy(getattr(metric, key)) for key in metric._defaults}

@@ -153,8 +153,10 @@ class LoaderPosition:
             combined.reset()  # workers that live on would draw what depends on all epochs so far
         if knows_position(loaders):
             iterate()
-            if goal is not None and goal["before"] is not None:
-                set_host_state(goal["before"])  # for the batch that the fetcher is going to hold ready
+            if goal is not None:
+                epoch.fetched = goal["batches"]
+                if goal["before"] is not None:
+                    set_host_state(goal["before"])  # for the batch that the fetcher is going to hold ready
         elif goal is None:
             epoch.generators = self.generators(loaders)
             if needs_stream(loaders):
