@@ -29,6 +29,7 @@ from trainerkit.callbacks import ExactResume
 from trainerkit.callbacks._inexact import inexact_reasons
 from trainerkit.callbacks.exact_resume import random_state, set_random_state
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches, SeededSamples
+from trainerkit.testing._compare import first_difference
 from trainerkit.testing.processes import free_port
 from trainerkit.trainer import Trainer
 
@@ -477,6 +478,17 @@ def test_it_changes_nothing_in_a_run_that_is_not_interrupted(tmp_path):
     one = fit(tmp_path / "with", IN_PROCESS["shuffled"])
     other = fit(tmp_path / "without", IN_PROCESS["shuffled"], callback=None)
     assert_same(one, other)
+
+
+@pytest.mark.parametrize("make", [loader, batch_loader], ids=["by torch", "with a state"])
+def test_a_checkpoint_of_a_resumed_run_is_that_of_the_uninterrupted_one(tmp_path, make):
+    """So that a run may be killed twice in one epoch."""
+    whole = fit(tmp_path / "whole", make)
+    resumed = fit(tmp_path / "resumed", make, resume=whole[2][1], seed=99)
+    again = {path.name: path for path in resumed[2]}
+    for path in whole[2][2:]:
+        one, other = (torch.load(p, weights_only=True)["callbacks"]["ExactResume"] for p in (path, again[path.name]))
+        assert first_difference(one, other) is None, path.name
 
 
 def test_without_it_a_resumed_run_is_another(tmp_path):
