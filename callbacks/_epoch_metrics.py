@@ -23,7 +23,7 @@ _META = (
 
 
 def metrics_so_far(trainer: Any, module: nn.Module) -> State:
-    """The last value of each metric of an epoch, the sums that `self.log` reduces over it, the states of torchmetrics."""
+    """The last value of each metric of an epoch, sums that `self.log` reduces over it, the states of torchmetrics."""
     loop = trainer.fit_loop
     results = loop.epoch_loop._results
     # At the end of an epoch its means are to be had; before, asking for them would compute unfinished ones.
