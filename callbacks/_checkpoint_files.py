@@ -147,7 +147,7 @@ class CheckpointFolder:
             OSError: if it cannot be.
         """
         if self._number is None:
-            self.begin(resumed=True)
+            self.begin(resumed=False)
         assert self._number is not None
         content = {"format": FORMAT, "number": self._number + 1, **facts, "files": dict(files)}
         manifest = f"{name.removesuffix('.ckpt')}.json"

@@ -98,9 +98,8 @@ class CrashSafeCheckpoint(Checkpoint):
         self._folder = CheckpointFolder(dirname)
         self._missing = False  # whether the monitor has not been logged so far
         self._is_best = False  # whether the validation at this epoch's end was the best
-        self._pending: tuple[str, Sequence[str], float] | None = (
-            None  # what is being written, its links, the best score
-        )
+        # What is being written: its name, its links, the best score with it.
+        self._pending: tuple[str, Sequence[str], float] | None = None
         self._sure_score = self.best_model_score  # that of best.ckpt
         self._cause: BaseException | None = None  # of the error that is being told
         self._saved_step: int | None = None  # of this run's last checkpoint, or before its first step

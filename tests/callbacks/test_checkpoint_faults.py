@@ -132,10 +132,12 @@ def test_what_cannot_be_read_for_the_moment_stays(copy, monkeypatch):
 
     monkeypatch.setattr(type(folder.fs), "cat_file", lambda self, path, **options: stale(path, **options))
     content = torch.load(copy / "step-00000001.ckpt", weights_only=True)
-    for _ in range(2):
-        files = folder.write(content, "step-00000003.ckpt")
-        with pytest.raises(OSError, match="Stale file handle"):
-            folder.commit("step-00000003.ckpt", files, {"resumable": True})
+    with pytest.raises(OSError, match="Stale file handle"):
+        folder.begin(resumed=True)
+    files = folder.write(content, "step-00000003.ckpt")
+    with pytest.raises(OSError, match="Stale file handle"):
+        folder.commit("step-00000003.ckpt", files, {"resumable": True})
+    folder.begin(resumed=True)
     folder.commit("step-00000003.ckpt", folder.write(content, "step-00000003.ckpt"), {"resumable": True})
     assert json.loads((copy / "step-00000003.json").read_text())["number"] == 3
     folder.prune(2)
