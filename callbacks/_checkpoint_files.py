@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +31,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from trainerkit.files import flush, replacing, write_json
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = 1
 _NAME = re.compile(r"step-\d{8,}(-\d+)?\.ckpt")
 _BLOCK = 2**22  # bytes
+_SPARE = ".spare.ckpt.tmp"
 
 
 class CheckpointFolder:
@@ -111,6 +118,8 @@ class CheckpointFolder:
             return {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         self.path.mkdir(parents=True, exist_ok=True)
         try:
+            with suppress(FileNotFoundError):
+                os.replace(self.path / _SPARE, self.staged(name))  # its place on the disk is taken over
             with _Hashed(self.staged(name)) as file:
                 torch.save(checkpoint, cast(IO[bytes], file))
                 return {name: file.found()}
@@ -215,15 +224,28 @@ class CheckpointFolder:
         kept |= self._own.keys() & {self.target("last"), self.target("best")}
         oldest = min((step_of(name) for name in kept), default=0)
         for name in [name for name in self._own if name not in kept]:
-            self._remove(self.locate(name))
+            self._retire(name)
             self._remove(self.locate(f"{name.removesuffix('.ckpt')}.json"))
             del self._own[name]
         for name in self.unfinished():
             if step_of(name) < oldest:
                 self._remove(self.locate(name))
 
+    def _retire(self, name: str) -> None:
+        """Remove a checkpoint; where nobody else reads it, have the next one written over it.
+
+        New places on the disk, and removals, take longer than all the rest of a checkpoint.
+        """
+        if self.path is None or not (self.path / name).is_file():
+            self._remove(self.locate(name))
+            return
+        spare = self.path / _SPARE
+        os.replace(self.path / name, spare)  # whoever comes now does not find it any more
+        if not _is_ours_alone(spare):
+            spare.unlink()
+
     def clear(self) -> None:
-        """Remove what a process that was killed had begun to write."""
+        """Remove what a process that was killed had begun to write, and the file that waits to be written over."""
         for name in self._names() if self.is_local else ():
             if name.startswith(".") and name.endswith(".tmp"):
                 self._remove(self.locate(name))
@@ -367,7 +389,8 @@ class _Hashed:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115, for the thread sees only what the system has
+        # Not through a buffer, for the thread sees only what the system has; not emptied, for that takes time.
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         self._size, self._ended = 0, False
         self._grown = threading.Condition()
         self._thread = ThreadPoolExecutor(1)
@@ -395,6 +418,7 @@ class _Hashed:
     def found(self) -> dict[str, Any]:
         """Flush it to the disk; size and hash, as a manifest has them."""
         self._tell(0, ended=True)
+        self._file.truncate(self._size)
         os.fsync(self._file.fileno())
         return {"size": self._size, "sha256": self._digest.result()}
 
@@ -417,6 +441,24 @@ class _Hashed:
                     digest.update(block[:count])
                     hashed += count
         return digest.hexdigest()
+
+
+def _is_ours_alone(path: Path) -> bool:
+    """Whether a file has one name, and no process has it open or mapped; False where that cannot be known."""
+    lease = getattr(fcntl, "F_SETLEASE", None)  # Linux: given only to the one who has the file open alone
+    if lease is None or path.stat().st_nlink != 1:
+        return False
+    handle = os.open(path, os.O_RDWR)
+    try:
+        # Whoever opens it in this moment has a signal sent to us; the usual one would end the process.
+        fcntl.fcntl(handle, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(handle, lease, fcntl.F_WRLCK)
+        fcntl.fcntl(handle, lease, fcntl.F_UNLCK)
+    except OSError:  # somebody reads it, or the file system has no leases
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def _digest(file: Any) -> dict[str, Any]:

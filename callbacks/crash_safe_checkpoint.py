@@ -187,6 +187,8 @@ class CrashSafeCheckpoint(Checkpoint):
         if signum := self._signal(trainer):
             self._stop(trainer, signum)
         self._signals.detach()
+        if trainer.is_global_zero and (error := self._error_of(self._folder.clear)):
+            rank_zero_warn(f"{self._folder}: {error}")
         if self._missing and validates(trainer):
             warn_of_monitor(trainer, self, str(self.monitor), "there is no best.ckpt")
 

@@ -368,11 +368,50 @@ def test_going_on_the_best_is_what_was_written(tmp_path, asynchronous, monkeypat
     assert best["global_step"] == (4 if asynchronous else 12)
 
 
+def test_the_oldest_one_is_written_over_by_the_next_which_may_be_shorter(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for step, numbers in enumerate((9000, 100, 5000, 100), 1):
+        name = folder.new_name(step)
+        files = folder.write({"weight": torch.full((numbers,), float(step))}, name)
+        folder.commit(name, files, {"resumable": True})
+        folder.point("last", name)
+        folder.prune(1)
+        assert latest(tmp_path) == str(tmp_path / name)
+        assert torch.load(tmp_path / name, weights_only=True)["weight"].sum() == step * numbers
+        assert len(list(tmp_path.glob("step*.ckpt"))) == 1
+    assert (tmp_path / ".spare.ckpt.tmp").exists()
+    folder.clear()
+    assert not (tmp_path / ".spare.ckpt.tmp").exists()
+
+
+@pytest.mark.parametrize("hold", ["open", "map", "link"])
+def test_one_that_somebody_reads_or_has_linked_is_not_written_over(tmp_path, hold):
+    folder = CheckpointFolder(tmp_path)
+    held = None
+    for step in range(1, 6):
+        name = folder.new_name(step)
+        files = folder.write({"weight": torch.full((5000,), float(step))}, name)
+        folder.commit(name, files, {"resumable": True})
+        folder.point("last", name)
+        if step == 2 and hold == "open":
+            held = open(tmp_path / name, "rb")  # noqa: SIM115
+        elif step == 2 and hold == "map":
+            mapped = torch.load(tmp_path / name, mmap=True, weights_only=True)["weight"]
+        elif step == 2:
+            os.link(tmp_path / name, tmp_path / "mine")
+        folder.prune(1)
+    if hold == "map":
+        assert mapped.sum() == 10_000
+        return
+    with held or open(tmp_path / "mine", "rb") as file:
+        assert torch.load(file, weights_only=True)["weight"].sum() == 10_000
+
+
 def test_an_old_one_that_cannot_be_removed_does_not_cost_the_new_one(tmp_path, monkeypatch):
     def refused(self, place):
         raise OSError(16, "Device or resource busy")
 
-    monkeypatch.setattr(CheckpointFolder, "_remove", refused)
+    monkeypatch.setattr(CheckpointFolder, "_retire", refused)
     for dirname in ("checkpoints", f"memory://{tmp_path.name}"):
         callback = CrashSafeCheckpoint(monitor=None, dirname=dirname, keep_checkpoints=1)
         with pytest.warns(UserWarning, match="an old checkpoint could not be removed: .*Device or resource busy"):
