@@ -47,7 +47,9 @@ def _choose(cfg: DictConfig, out_dir: Path) -> str | None:
 
 def _dirname(cfg: DictConfig) -> str:
     """Where this config's checkpoints are, whatever name they have among the callbacks."""
-    for node in (cfg.get("callbacks") or {}).values():
+    callbacks = cfg.get("callbacks")
+    for name in callbacks if isinstance(callbacks, DictConfig) else ():
+        node = None if OmegaConf.is_missing(callbacks, name) else callbacks[name]
         if isinstance(node, DictConfig) and str(node.get("_target_")).endswith(".CrashSafeCheckpoint"):
             return str(node.get("dirname") or "checkpoints")
     return "checkpoints"

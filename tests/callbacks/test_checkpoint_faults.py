@@ -213,7 +213,7 @@ def test_a_process_killed_at_any_page_of_writing_leaves_the_older_ones(run, tmp_
 SCRIPT = """
 import json, os, shutil, subprocess, sys, tempfile, warnings
 from pathlib import Path
-from tests.callbacks.test_checkpoint_faults import Disturbed, wide_loader
+from tests.callbacks.test_checkpoint_faults import Disturbed, Wide, wide_loader
 from tests.support import toy_trainer
 from trainerkit.callbacks import CheckpointError, CrashSafeCheckpoint
 
@@ -243,6 +243,10 @@ for fault, on_failure in (("full", "stop"), ("full", "continue"), ("read_only", 
     results[f"{fault} {on_failure}"] = run(fault, on_failure)
 if not mounting:
     if os.getuid() == 0:
+        # Once as root, so that everything is imported: another user may not be able to read the environment.
+        with tempfile.TemporaryDirectory() as name:
+            toy_trainer(Path(name), [CrashSafeCheckpoint(monitor=None)], max_epochs=3).fit(Wide(), wide_loader())
+            print(CrashSafeCheckpoint.latest(name))
         os.setuid(65534)  # the rights of files do not bind root
     results["denied stop"] = run("denied", "stop")
 print(json.dumps(results))
