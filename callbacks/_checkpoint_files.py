@@ -224,8 +224,8 @@ class CheckpointFolder:
         kept |= self._own.keys() & {self.target("last"), self.target("best")}
         oldest = min((step_of(name) for name in kept), default=0)
         for name in [name for name in self._own if name not in kept]:
-            self._retire(name)
             self._remove(self.locate(f"{name.removesuffix('.ckpt')}.json"))
+            self._retire(name)
             del self._own[name]
         for name in self.unfinished():
             if step_of(name) < oldest:
@@ -434,8 +434,10 @@ class _Hashed:
             while not self._ended or hashed < self._size:
                 with self._grown:
                     self._grown.wait_for(lambda: self._ended or self._size - hashed >= _BLOCK)  # noqa: B023
-                while hashed < self._size:
-                    count = file.readinto(block)
+                    written = self._size
+                while hashed < written:
+                    # No further: behind it may stand what the file held before.
+                    count = file.readinto(block[: written - hashed])
                     if not count:
                         raise OSError(errno.EIO, "what was written cannot be read", self._path)
                     digest.update(block[:count])

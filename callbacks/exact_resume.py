@@ -60,6 +60,11 @@ class ExactResume(Callback):
             self._position = LoaderPosition(trainer, self.replay)
             self._position.attach()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where nothing was left to train, what was logged last is what the run ends with."""
+        if self._restored is not None:
+            restore_last(trainer, self._restored["ranks"][0]["logged"])
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the loaders as they were."""
         self._detach()

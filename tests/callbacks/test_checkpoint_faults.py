@@ -1,5 +1,6 @@
 """What a fault does to checkpoints: the rows of the table in docs/reliability.md."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from tests.support import ROOT, ToyModule, toy_loader, toy_trainer
 from trainerkit.callbacks import CheckpointError, CrashSafeCheckpoint
-from trainerkit.callbacks._checkpoint_files import CheckpointFolder
+from trainerkit.callbacks._checkpoint_files import CheckpointFolder, _Hashed
 
 PAGE = 4096
 latest = CrashSafeCheckpoint.latest
@@ -386,6 +388,20 @@ def test_the_oldest_one_is_written_over_by_the_next_which_may_be_shorter(tmp_pat
     assert (tmp_path / ".spare.ckpt.tmp").exists()
     folder.clear()
     assert not (tmp_path / ".spare.ckpt.tmp").exists()
+
+
+def test_what_a_file_held_before_is_not_hashed(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(12_000_000))
+    parts = [os.urandom(length) for length in (5_000_000, 1_000_000, 10)]
+    with _Hashed(str(path)) as file:
+        for part in parts:
+            file.write(part)
+            time.sleep(0.05)  # in which what is there is hashed
+        facts = file.found()
+    content = b"".join(parts)
+    assert path.read_bytes() == content
+    assert facts == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @pytest.mark.parametrize("hold", ["open", "map", "link"])
