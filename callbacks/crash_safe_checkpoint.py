@@ -187,14 +187,14 @@ class CrashSafeCheckpoint(Checkpoint):
         if signum := self._signal(trainer):
             self._stop(trainer, signum)
         self._signals.detach()
-        if trainer.is_global_zero and (error := self._error_of(self._folder.clear)):
-            rank_zero_warn(f"{self._folder}: {error}")
         if self._missing and validates(trainer):
             warn_of_monitor(trainer, self, str(self.monitor), "there is no best.ckpt")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop listening."""
+        """Stop listening; leave no file that waits to be written over, also where nothing was left to train."""
         self._leave()
+        if stage == "fit" and trainer.is_global_zero and (error := self._error_of(self._folder.clear)):
+            rank_zero_warn(f"{self._folder}: {error}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop listening; a run that failed in the middle of a step has nothing whole to save."""
