@@ -281,9 +281,11 @@ class CheckpointFolder:
         unfinished = self.unfinished()
         return self.locate(max(unfinished, key=step_of)) if unfinished else None, skipped
 
-    def unfinished(self) -> list[str]:
-        """Checkpoints without a manifest: the process ended between the two."""
-        names = set(self._names())
+    def unfinished(self, since: str | None = None) -> list[str]:
+        """Checkpoints without a manifest: the process ended between the two; not those before one at a path."""
+        known = (since or "").rpartition("/")[2]
+        step = step_of(known) if _NAME.fullmatch(known) else -1
+        names = {name for name in self._names() if not _NAME.fullmatch(name) or step_of(name) >= step}
         return sorted(n for n in names if _NAME.fullmatch(n) and f"{n.removesuffix('.ckpt')}.json" not in names)
 
     def fault(self, name: str) -> str | None:

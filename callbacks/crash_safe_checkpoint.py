@@ -115,7 +115,7 @@ class CrashSafeCheckpoint(Checkpoint):
         """
         found = CheckpointFolder(folder)
         path, skipped = found.newest()
-        for reason in [*skipped, *(f"{name}: has no manifest" for name in found.unfinished())]:
+        for reason in [*skipped, *(f"{name}: has no manifest" for name in found.unfinished(path))]:
             rank_zero_warn(f"skipped {reason}")
         return path
 

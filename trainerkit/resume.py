@@ -57,7 +57,7 @@ def _dirname(cfg: DictConfig) -> str:
 
 def _newest(folder: CheckpointFolder) -> str | None:
     path, skipped = folder.newest()
-    for reason in [*skipped, *(f"{name}: was not finished" for name in folder.unfinished())]:
+    for reason in [*skipped, *(f"{name}: was not finished" for name in folder.unfinished(path))]:
         print(f"trainerkit: skipped {folder.locate(reason)}", file=sys.stderr)
     if skipped and path is None:
         raise UserError(f"{folder} holds no whole checkpoint.\nTake another out_dir, or remove them to begin anew.")
