@@ -51,8 +51,7 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.fs, root = url_to_fs(str(path))
-        self.is_local = isinstance(self.fs, LocalFileSystem)
-        self.path = Path(root) if self.is_local else None
+        self.path = Path(root) if isinstance(self.fs, LocalFileSystem) else None
         self._root = root if str(path).startswith("file:") else str(path).rstrip("/")
         self._own: dict[str, bool] = {}  # what this run wrote, oldest first, and whether it can be resumed from
         self._number: int | None = None  # of the newest manifest
@@ -102,7 +101,7 @@ class CheckpointFolder:
 
     def staged(self, name: str) -> str:
         """Where a checkpoint is written first; at a URL it is its place."""
-        return self.locate(f".{name}.tmp" if self.is_local else name)
+        return self.locate(name if self.path is None else f".{name}.tmp")
 
     def write(self, checkpoint: Mapping[str, Any], name: str) -> dict[str, Any]:
         """Write a checkpoint as one file, and give its part of the manifest.
@@ -246,7 +245,7 @@ class CheckpointFolder:
 
     def clear(self) -> None:
         """Remove what a process that was killed had begun to write, and the file that waits to be written over."""
-        for name in self._names() if self.is_local else ():
+        for name in () if self.path is None else self._names():
             if name.startswith(".") and name.endswith(".tmp"):
                 self._remove(self.locate(name))
 
@@ -285,8 +284,9 @@ class CheckpointFolder:
         """Checkpoints without a manifest: the process ended between the two; not those before one at a path."""
         known = (since or "").rpartition("/")[2]
         step = step_of(known) if _NAME.fullmatch(known) else -1
-        names = {name for name in self._names() if not _NAME.fullmatch(name) or step_of(name) >= step}
-        return sorted(n for n in names if _NAME.fullmatch(n) and f"{n.removesuffix('.ckpt')}.json" not in names)
+        names = set(self._names())
+        alone = (n for n in names if _NAME.fullmatch(n) and f"{n.removesuffix('.ckpt')}.json" not in names)
+        return sorted(name for name in alone if step_of(name) >= step)
 
     def fault(self, name: str) -> str | None:
         """What is wrong with a checkpoint, or None; also where there is no manifest that could tell."""

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from trainerkit.callbacks._checkpoint_files import CheckpointFolder, checkpoint_folder
 from trainerkit.callbacks._host_copy import Behind, HostCopy
 from trainerkit.callbacks._stop_signals import StopRequested, StopSignals
-from trainerkit.callbacks._trainer import is_stepping, step_number, validates, warn_of_monitor
+from trainerkit.callbacks._trainer import is_stepping, of_every_rank, step_number, validates, warn_of_monitor
 
 
 class CheckpointError(RuntimeError):
@@ -366,8 +366,7 @@ class CrashSafeCheckpoint(Checkpoint):
 
         files: dict[str, Any] = {}
         error = self._error_of(write)
-        parts: list[Any] = [(error, files)] * trainer.world_size
-        torch.distributed.all_gather_object(parts, (error, files))
+        parts = of_every_rank(trainer, (error, files))
         error = next((found for found, _ in parts if found is not None), None)
         if trainer.is_global_zero:
             joined = {key: value for _, part in parts for key, value in part.items()}
