@@ -5,7 +5,8 @@ Grouped heads: J. Ainslie et al., 'GQA: Training generalized multi-query transfo
 Normalised queries and keys: M. Dehghani et al., 'Scaling vision transformers to 22 billion parameters', 2023,
 arXiv:2302.05442.
 
-Shapes: B batch, T tokens, D width, H query heads, K key and value heads, E = D/H width of a head, S tokens in the cache.
+Shapes: B batch, T tokens, D width, H query heads, K key and value heads, E = D/H width of a head, S tokens in the
+cache.
 """
 
 import torch

@@ -40,9 +40,9 @@ def load_weights(network: "GPT", path: str | Path, adapters: Lora | None = None)
 
     Args:
         network: takes them; for GPT-2 itself it has positions=learned, activation=gelu_tanh and tied embeddings.
-        path: see `trainerkit.nn.weights.read_weights`; or a folder with GPT-2's weights, whose `config.json` is compared
-            with the network.
-        adapters: are put on the network; before the weights are read if the file has weights of adapters, else after.
+        path: see `trainerkit.nn.weights.read_weights`; or a folder with GPT-2's weights, whose `config.json` is
+            compared with the network.
+        adapters: are put on the network, before the weights if the file has those of adapters as well, else after.
 
     Raises:
         UserError: if there is no such file, or it cannot be read, or does not fit; it lists what does not.
@@ -107,12 +107,11 @@ def to_huggingface(network: "GPT") -> dict[str, Tensor]:
     found = {}
     for name, tensor in network.state_dict().items():
         module, _, kind = name.rpartition(".")
-        place, matrix = outside.get(module), tensor
-        if place is None:
+        if module in outside:
+            found[f"transformer.{outside[module]}.{kind}"] = tensor
+        else:
             _, number, part = module.split(".", 2)
-            place = f"h.{number}.{names[part]}"
-            matrix = tensor.T.contiguous() if tensor.ndim == 2 else tensor
-        found[f"transformer.{place}.{kind}"] = matrix
+            found[f"transformer.h.{number}.{names[part]}.{kind}"] = _transposed(tensor)
     return found
 
 
@@ -159,6 +158,11 @@ def _differences(network: "GPT") -> list[str]:
         "lora, which must be merged first": any(".lora_" in name for name in names),
     }
     return [f"it has {name}" for name, differs in found.items() if differs]
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """A matrix the other way round; a vector as it is."""
+    return tensor.T.contiguous() if tensor.ndim == 2 else tensor
 
 
 def _file_in(folder: Path) -> Path:
