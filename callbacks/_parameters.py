@@ -74,7 +74,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 def is_built(pl_module: LightningModule) -> bool:
     """Whether the layers are there in `setup`; a module with a `configure_model` of its own makes them later."""
     home = type(pl_module).configure_model.__module__
-    return home.startswith(("lightning.pytorch.", "pytorch_lightning."))
+    return home == "trainerkit.task" or home.startswith(("lightning.pytorch.", "pytorch_lightning."))
 
 
 def owners(optimizers: Sequence[Any], named: Mapping[str, nn.Parameter]) -> dict[str, int]:

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 # By name, since each namespace has classes of its own.
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+_IN_PIECES = "ModelParallelStrategy"  # each parameter is a DTensor
+_SHARDED = ("FSDPStrategy", _IN_PIECES, "DeepSpeedStrategy")
 
 
 def validates(trainer: Trainer) -> bool:
@@ -65,16 +66,26 @@ def warn_of_monitor(trainer: Trainer, callback: Callback, monitor: str, therefor
 
 def is_sharded(trainer: Trainer) -> bool:
     """Whether the strategy holds parameters as pieces of tensors."""
-    return type(trainer.strategy).__name__ in _SHARDED
+    return any(kind.__name__ in _SHARDED for kind in type(trainer.strategy).__mro__)
 
 
-def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
+def is_in_pieces(trainer: Trainer) -> bool:
+    """Whether these pieces are DTensors: FSDP2 and tensor parallelism."""
+    return any(kind.__name__ == _IN_PIECES for kind in type(trainer.strategy).__mro__)
+
+
+def refuse_sharded(trainer: Trainer, callback: Callback, takes_pieces: bool = False) -> None:
     """Refuse strategies whose parameters are pieces of tensors.
+
+    Args:
+        trainer: knows the strategy.
+        callback: is named in the error.
+        takes_pieces: whether the callback works on DTensors (`callbacks/_sharded.py`).
 
     Raises:
         ValueError: for FSDP, ModelParallel (FSDP2, tensor parallel) and DeepSpeed.
     """
-    if is_sharded(trainer):
+    if is_sharded(trainer) and not (takes_pieces and is_in_pieces(trainer)):
         strategy = type(trainer.strategy).__name__
         raise ValueError(
             f"strategy={strategy}: {type(callback).__name__} does not work on sharded parameters; use DDP or one device"

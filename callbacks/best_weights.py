@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from trainerkit.callbacks._parameters import plain_name
-from trainerkit.callbacks._trainer import refuse_sharded, validates, warn_of_monitor
+from trainerkit.callbacks._sharded import gathered
+from trainerkit.callbacks._trainer import is_in_pieces, refuse_sharded, validates, warn_of_monitor
 from trainerkit.errors import UserError
 from trainerkit.files import replacing, write_json
 from trainerkit.loading import read_json, read_safetensors
@@ -40,8 +41,11 @@ class BestWeights(Callback):
     where what JSON has not stands as its `repr`. Tied weights are written once, their other names stand in the header
     under `tied`. A file without tied weights loads with `safetensors.torch.load_file`, any with `load_best_weights`.
 
+    Under FSDP2 each process copies its pieces at each validation; a file holds whole weights, which are gathered for it
+    one after the other into the first process's host memory.
+
     Raises:
-        ValueError: for a value that is not possible; in `setup` for sharded parameters.
+        ValueError: for a value that is not possible; in `setup` for sharded parameters other than FSDP2's.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class BestWeights(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work while it is cheap."""
-        refuse_sharded(trainer, self)
+        refuse_sharded(trainer, self, takes_pieces=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new run has no best yet; nor has one whose best's file is not there, as in a resumed run's new folder."""
@@ -133,6 +137,9 @@ class BestWeights(Callback):
 
     def _hold(self, pl_module: LightningModule, copy: bool = False) -> None:
         self._epoch = pl_module.current_epoch + 1
+        if is_in_pieces(pl_module.trainer):
+            self._scored = _copies_of_pieces(pl_module)
+            return
         state = pl_module.state_dict()  # which may have extra state that is no tensor
         held = {plain_name(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
         if copy:
@@ -147,14 +154,28 @@ class BestWeights(Callback):
         self._last = metric
         value = float(metric)
         better = value < self.best if self.mode == "min" else value > self.best
+        if is_in_pieces(trainer):  # all ranks gather if one does: a metric may differ between them
+            better = trainer.strategy.broadcast(better)
         if not better:
             return
         self.best = value
+        if is_in_pieces(trainer):
+            self._scored = gathered(self._scored)
         if trainer.is_global_zero:
             facts = {"monitor": self.monitor, "value": value, "epoch": self._epoch}
             facts |= {"step": trainer.global_step, "config": json.dumps(as_json(pl_module.hparams))}
             path = Path(trainer.default_root_dir) / self.filename
             save_weights(self._scored, path, {key: str(fact) for key, fact in facts.items()}, self._limit)
+
+
+def _copies_of_pieces(pl_module: LightningModule) -> dict[str, Tensor]:
+    """Copies of the pieces, which training moves and EMA writes into; of tied weights one under all their names."""
+    state = pl_module.state_dict(keep_vars=True)
+    copies: dict[int, Tensor] = {}
+    for tensor in state.values():
+        if isinstance(tensor, Tensor) and id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone()
+    return {plain_name(name): copies[id(value)] for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, facts: Mapping[str, str], max_shard_size: int) -> None:

@@ -7,7 +7,7 @@ with n updates made before (the rule of TensorFlow's ExponentialMovingAverage wi
 Source: B. T. Polyak, A. B. Juditsky, 'Acceleration of stochastic approximation by averaging', 1992.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from trainerkit.callbacks._parameters import (
     select,
 )
 from trainerkit.callbacks._second_validation import SecondValidation
-from trainerkit.callbacks._trainer import StepHooks, log_metrics, refuse_sharded
+from trainerkit.callbacks._sharded import assembled, gathered, is_piece, let_go, piece, piece_of
+from trainerkit.callbacks._trainer import StepHooks, is_in_pieces, log_metrics, refuse_sharded
 
 
 def ema_decay(decay: float, updates: int, warmup: bool = True) -> float:
@@ -51,8 +52,10 @@ class _Bucket:
 
     def update(self, decays: Sequence[float]) -> None:
         like = self.shadows[0][0]
-        same = like.dtype == self.live[0].dtype and like.device == self.live[0].device
-        live = self.live if same else [tensor.to(like) for tensor in self.live]
+        # Looked for anew each time: FSDP2 may give a parameter another piece of memory.
+        live = [piece(tensor) for tensor in self.live] if is_piece(self.live[0]) else self.live
+        if like.dtype != live[0].dtype or like.device != live[0].device:
+            live = [tensor.to(like) for tensor in live]
         for decay, shadow in zip(decays, self.shadows, strict=True):
             ema_update_(shadow, live, decay)
 
@@ -70,6 +73,8 @@ class EMA(Callback):
     - With several optimizers a parameter is averaged when the optimizer that holds it has stepped, and n counts that
       optimizer's updates. What no optimizer holds does not change and is not averaged.
     - Half-precision weights are averaged in float32, for 1 − d is below their resolution.
+    - Under FSDP2 each process averages its pieces, and an evaluation copies (`swap='copy'`). A checkpoint has the live
+      weights whole, gathered one after the other into the first process's host memory.
 
     Args:
         decay: d, from 0 to below 1; or several. The first one's average is used and saved; the others' validation
@@ -87,8 +92,8 @@ class EMA(Callback):
         updates: how many updates were made, of the optimizer with the most.
 
     Raises:
-        ValueError: for a value that is not possible; in `setup` for sharded parameters and for a pattern that matches
-            nothing.
+        ValueError: for a value that is not possible; in `setup` for sharded parameters other than FSDP2's, for several
+            decays under FSDP2, and for a pattern that matches nothing.
     """
 
     def __init__(
@@ -144,7 +149,9 @@ class EMA(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work while it is cheap."""
-        refuse_sharded(trainer, self)
+        refuse_sharded(trainer, self, takes_pieces=True)
+        if is_in_pieces(trainer) and len(self.decays) > 1:
+            raise ValueError(f"decay={self.decays}: must be one where parameters are sharded")
         if stage == "fit" and is_built(pl_module):
             select(pl_module, self.parameters)
 
@@ -155,6 +162,9 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters; after a resume put average and live weights where they belong."""
+        self._start(trainer, pl_module)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         chosen = select(pl_module, self.parameters)
         goes_on = trainer.global_step > 0 and pl_module is self._module and self._restored is None
         self._module = pl_module
@@ -184,7 +194,9 @@ class EMA(Callback):
             self._module = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to follow the optimizers."""
+        """Begin to follow the optimizers; with sharded parameters a checkpoint was read only after `on_fit_start`."""
+        if self._restored is not None:
+            self._start(trainer, pl_module)
         self._hooks.attach(trainer, lambda index, optimizer: self._after_step(trainer, index, optimizer))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -246,7 +258,7 @@ class EMA(Callback):
 
     def _shadow_of(self, tensor: Tensor) -> Tensor:
         dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-        return tensor.detach().to(self.device or tensor.device, dtype, copy=True)
+        return piece(tensor).to(self.device or tensor.device, dtype, copy=True)
 
     def _bucketed(self, index: int) -> list[_Bucket]:
         buckets: dict[Any, _Bucket] = {}
@@ -303,11 +315,12 @@ class EMA(Callback):
         if pl_module is not self._module or self._stash is not None:
             return
         self._stash = []
+        let_go(pl_module)
         for name, tensor in self._averaged().items():
             shadow = self._shadows[which][name]
-            if self.swap == "copy":
-                self._stash.append((tensor, tensor.detach().clone()))
-                tensor.copy_(shadow)
+            if self._copies(tensor):
+                self._stash.append((tensor, piece(tensor).clone()))
+                piece(tensor).copy_(shadow)
             else:
                 self._stash.append((tensor, tensor.data))
                 tensor.data = shadow.to(tensor.device, tensor.dtype)
@@ -315,11 +328,16 @@ class EMA(Callback):
     @torch.no_grad()
     def _swap_out(self) -> None:
         stash, self._stash = self._stash, None
+        if stash and self._module is not None:
+            let_go(self._module)
         for tensor, data in stash or ():
-            if self.swap == "copy":
-                tensor.copy_(data)
+            if self._copies(tensor):
+                piece(tensor).copy_(data)
             else:
                 tensor.data = data
+
+    def _copies(self, tensor: Tensor) -> bool:
+        return self.swap == "copy" or is_piece(tensor)  # FSDP2 gathers from the memory that it laid out
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the average; with several decays, the others on copies of the module."""
@@ -379,13 +397,17 @@ class EMA(Callback):
         """Counts, the live weights, and those averages that the checkpoint's `state_dict` does not hold exactly."""
         if self.updates == 0:
             return {"steps": list(self._steps)}
+        tensors = self._averaged()
         swapped = {id(tensor): data for tensor, data in self._stash or ()}
-        live = {name: swapped.get(id(tensor), tensor.detach()) for name, tensor in self._averaged().items()}
+        live = {name: swapped.get(id(tensor), piece(tensor)) for name, tensor in tensors.items()}
         averages = {str(decay): dict(shadow) for decay, shadow in zip(self.decays, self._shadows, strict=True)}
         first = averages[str(self.decays[0])]
         for name, tensor in live.items():
             if first[name].dtype == tensor.dtype:
                 del first[name]
+        if any(map(is_piece, tensors.values())):
+            live = _whole(live, tensors)
+            averages = {decay: _whole(shadow, tensors) for decay, shadow in averages.items()}
         return {"steps": list(self._steps), "updates": list(self._updates), "live": live, "averages": averages}
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -398,24 +420,34 @@ class EMA(Callback):
             kept = averages.get(str(decay), next(iter(averages.values()), {}))
             for name, tensor in kept.items():
                 if name in shadow:
-                    shadow[name].copy_(tensor)
+                    shadow[name].copy_(piece_of(tensor, self._live.get(name, tensor)))
         assert self._module is not None
         module = named_parameters(self._module) | {plain_name(n): b for n, b in self._module.named_buffers()}
         with torch.no_grad():
             for name, tensor in state.get("live", {}).items():
                 if name in module:
-                    module[name].copy_(tensor)
+                    piece(module[name]).copy_(piece_of(tensor, module[name]))
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Put the average into a checkpoint's `state_dict`, under all names of tied weights."""
         if self._module is None or self.updates == 0:
             return
-        by_tensor = {id(tensor): self._shadows[0][name].to(tensor.dtype) for name, tensor in self._averaged().items()}
+        tensors = self._averaged()
+        by_name = {name: self._shadows[0][name].to(tensor.dtype) for name, tensor in tensors.items()}
         weights = checkpoint["state_dict"]
+        if any(map(is_piece, tensors.values())):
+            by_name = {name: assembled(shadow, tensors[name]) for name, shadow in by_name.items()}
+            if not any(map(is_piece, weights.values())):  # a checkpoint of one file; empty on other processes
+                by_name = gathered(by_name)
+        by_tensor = {id(tensors[name]): shadow for name, shadow in by_name.items()}
         for named in (self._module.named_parameters, self._module.named_buffers):
             for name, tensor in named(remove_duplicate=False):
                 if name in weights and id(tensor) in by_tensor:
                     weights[name] = by_tensor[id(tensor)]
+
+
+def _whole(pieces: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return gathered({name: assembled(tensor, like[name]) for name, tensor in pieces.items()})
 
 
 def _size(optimizer: Optimizer) -> int:

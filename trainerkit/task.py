@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from trainerkit import fsdp
 from trainerkit.optim import make_optimizer, make_scheduler
 
 OptimizerFactory = Callable[..., Optimizer]
@@ -81,6 +84,43 @@ class Task(LightningModule):
             plain = {name: _listed(value) for name, value in hparams.items() if _is_json(value)}
             hparams.clear()
             hparams.update(plain)
+
+    def configure_model(self) -> None:
+        """Cut the networks into pieces where the strategy is FSDP2, and compile them where the Trainer says so.
+
+        Lightning calls it once a stage; what is done already is left alone.
+        """
+        if self._trainer is None:  # as in load_from_checkpoint
+            return
+        strategy: Any = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not fsdp.is_cut(self):
+            self.shard(strategy.device_mesh["data_parallel"])
+        compiler = getattr(self.trainer, "compiler", None)
+        if compiler is not None:
+            for part in self.networks():
+                # FSDP2 gathers each block in hooks, which no graph goes through.
+                for compiled in fsdp.blocks(part) if fsdp.is_cut(part) else (part,):
+                    if compiled._compiled_call_impl is None:
+                        compiled.compile(**compiler)
+
+    def networks(self) -> list[nn.Module]:
+        """What is called as a whole: the direct children that have parameters."""
+        return [child for child in self.children() if next(child.parameters(), None) is not None]
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Cut each of `networks` into pieces (`trainerkit.fsdp.shard`); a subclass may do it in its own way.
+
+        Args:
+            mesh: of the processes.
+
+        Raises:
+            ValueError: for parameters that the task holds itself, which nobody would gather.
+        """
+        own = [name for name, _ in self.named_parameters(recurse=False)]
+        if own:
+            raise ValueError(f"trainer.strategy=FSDP2: {type(self).__name__}.{own[0]} must be in a module of its own")
+        for part in self.networks():
+            fsdp.shard(part, mesh, str(self.trainer.precision))
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule stepped once per optimizer step."""

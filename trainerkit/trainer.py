@@ -5,31 +5,48 @@ from typing import Any
 import torch
 from lightning import pytorch as pl
 
+from trainerkit.fsdp import check_precision
 from trainerkit.loop import FastTrainingEpochLoop, NoProfiler
+
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class Trainer(pl.Trainer):
-    """`lightning.pytorch.Trainer` plus `enable_tf32`; all other arguments are Lightning's.
+    """`lightning.pytorch.Trainer` plus `enable_tf32` and `compile`; all other arguments are Lightning's.
 
     Small steps cost less: see `trainerkit.loop`.
 
     Args:
         enable_tf32: let CUDA matrix products and convolutions round float32 inputs to TF32 (Ampere and later):
             several times faster, about three decimal digits. False leaves torch's settings as they are.
+        compile: have a Task's networks compiled by `torch.compile`, in place, so that no name in a checkpoint changes;
+            True, a mode of torch.compile, or its keyword arguments.
         **kwargs: see `lightning.pytorch.Trainer`.
 
     Raises:
-        ValueError: for a negative `gradient_clip_val`, which Lightning would take for no clipping.
+        ValueError: for a negative `gradient_clip_val`, which Lightning would take for no clipping; for another `compile`; for
+            a precision that FSDP2 does not have.
+
+    Attributes:
+        compiler: keyword arguments for `torch.compile`, or None; `Task.configure_model` reads it.
     """
 
     # Lightning's connectors set these, so that type checkers do not see them.
     callbacks: list[pl.Callback]
     datamodule: pl.LightningDataModule | None
 
-    def __init__(self, *, enable_tf32: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        enable_tf32: bool = False,
+        compile: bool | str | dict[str, Any] = False,
+        **kwargs: Any,
+    ) -> None:
         clip = kwargs.get("gradient_clip_val")
         if clip is not None and clip < 0:
             raise ValueError(f"gradient_clip_val={clip}: must be 0 or more, or null not to clip")
+        self.compiler = _compiler(compile)
+        check_precision(kwargs.get("strategy"), kwargs.get("precision"))
         if enable_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -38,3 +55,13 @@ class Trainer(pl.Trainer):
         super().__init__(**kwargs)
         given = self.fit_loop.epoch_loop
         self.fit_loop.epoch_loop = FastTrainingEpochLoop(self, min_steps=given.min_steps, max_steps=given.max_steps)
+
+
+def _compiler(given: bool | str | dict[str, Any]) -> dict[str, Any] | None:
+    if isinstance(given, bool):
+        return {} if given else None
+    if isinstance(given, dict):
+        return dict(given)
+    if given not in _MODES:
+        raise ValueError(f"compile={given}: must be true, false, arguments of torch.compile, or one of its modes: {', '.join(_MODES)}")
+    return {"mode": given}
