@@ -124,7 +124,7 @@ def test_global_random_state_gradients_and_modes_are_left_alone():
 
 
 def test_the_cache_reads_each_token_once_until_the_context_is_full():
-    network, (prompt, length) = gpt(), prompts()
+    network, (prompt, _) = gpt(), prompts()
     read = {True: [], False: []}
     for use_cache, counts in read.items():
         with torch.no_grad():
