@@ -18,7 +18,7 @@ from tests.benchmarks.turns import measure, table
 from trainerkit.tasks.lm import GPT
 
 VOCABULARY, CONTEXT, LAYERS, WIDTH, HEADS = 2048, 256, 4, 256, 4
-BATCH, STEPS = 8, 3
+BATCH, STEPS = 2, 2
 TOKENS = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
 DOCUMENT = (torch.arange(CONTEXT) // 100).expand(BATCH, -1)
 
@@ -62,10 +62,9 @@ def ours(**options) -> nn.Module:
 def of_transformers() -> nn.Module:
     import transformers
 
-    config = transformers.GPT2Config(
-        VOCABULARY, CONTEXT, WIDTH, LAYERS, HEADS, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+    sizes = {"vocab_size": VOCABULARY, "n_positions": CONTEXT, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+    options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
+    config = transformers.GPT2Config(**sizes, **options, bos_token_id=0, eos_token_id=0)
     return transformers.GPT2LMHeadModel(config)
 
 

@@ -310,6 +310,15 @@ def test_checkpointed_activations_give_the_same_loss_and_gradient_with_dropout_o
     assert kept_fewer < kept / 3
 
 
+def test_it_is_one_graph_for_torch_compile_and_gives_the_same():
+    torch.compiler.reset()
+    network = gpt(**VARIANTS["multi-query"])
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")  # fullgraph raises where it would break
+    document = torch.tensor([[0] * 4 + [1] * 7] * 2)
+    for inputs in ({}, {"document": document}):
+        torch.testing.assert_close(compiled(tokens(), **inputs), network(tokens(), **inputs), atol=1e-5, rtol=1e-5)
+
+
 # Cache
 
 

@@ -1,6 +1,7 @@
 """Weights in and out: our own files, GPT-2's in the layout of Hugging Face, adapters."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -259,3 +260,11 @@ def test_a_file_with_adapters_comes_back_and_one_without_gets_new_ones(tmp_path)
 def test_wrong_adapters_say_what_is_allowed(lora, message):
     with pytest.raises(ValueError, match=message):
         gpt(lora=lora)
+
+
+def test_without_peft_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    with pytest.raises(
+        UserError, match=r"task.network.lora needs the package peft, which is not installed:\n  pip install"
+    ):
+        gpt(lora={"r": 2})
