@@ -164,7 +164,7 @@ class GPT(nn.Module):
             rotary = rotary_table(positions, self.head_dim, self.rope_base, exact)
         x = self.dropout(x)
         for number, block in enumerate(self.blocks):
-            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            if self.checkpoint_activations and self.training and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
                 x = block(x, rotary, mask, None if cache is None else cache.layers[number])

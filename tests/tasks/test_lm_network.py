@@ -323,7 +323,9 @@ def test_it_is_one_graph_for_torch_compile_and_gives_the_same():
 
 
 @pytest.mark.parametrize("cuts", [(11,), (4, 11), (1, 2, 3, 11), (10, 11)], ids=str)
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "options", [*VARIANTS.values(), {"checkpoint_activations": True}], ids=[*VARIANTS, "checkpointed"]
+)
 def test_parts_with_a_cache_equal_the_whole(options, cuts):
     network, cache = gpt(**options), KeyValueCache(2, 16)
     starts = (0, *cuts[:-1])
