@@ -1,18 +1,18 @@
 """Muon for hidden matrices, AdamW for everything else, as one optimizer: `optimizer=muon`.
 
-Muon takes the momentum's direction with all its singular values near 1. With G the gradient, B the momentum, μ its factor:
+Muon takes the momentum with all its singular values near 1. With G the gradient, B the momentum, μ its factor:
 
     B ← μB + (1−μ)G,    U = G + μ(B − G),    W ← (1 − ηλ)W − η·r·NS(U)
 
-NS is Newton and Schulz's iteration on X = U/‖U‖: X ← aX + (bA + cA²)X with A = XXᵀ, five times. It takes singular values
-to between 0.7 and 1.2, not to 1. r is 0.2·√max(m, n) for a matrix of m × n, which makes the update as large as AdamW's, so
-that one learning rate serves both; or √max(1, m/n), the author's own.
+NS is Newton and Schulz's iteration on X = U/‖U‖, five times: X ← aX + (bA + cA²)X with A = XXᵀ. It takes singular
+values to between 0.7 and 1.2, not to 1. r is 0.2·√max(m, n) for a matrix of m × n, which makes the update as large as
+AdamW's, so that one learning rate serves both; or √max(1, m/n), the author's own.
 
-All matrices of one shape are one batch, computed in bfloat16 as torch.optim.Muon computes them (torch 2.9 and later, one
-after the other), but in float32 on a CPU that bfloat16 would slow down: `python -m tests.benchmarks.muon`.
+All matrices of one shape are one batch, computed in bfloat16 as torch.optim.Muon (torch 2.9 and later) computes one
+after the other, but in float32 on a CPU that bfloat16 would slow down: `python -m tests.benchmarks.muon`.
 
-Sources: K. Jordan, 'Muon: an optimizer for hidden layers', https://kellerjordan.github.io/posts/muon, 2024; J. Liu et al.,
-'Muon is scalable for LLM training', 2025 (arXiv:2502.16982).
+Sources: K. Jordan, 'Muon: an optimizer for hidden layers', https://kellerjordan.github.io/posts/muon, 2024; J. Liu et
+al., 'Muon is scalable for LLM training', 2025 (arXiv:2502.16982).
 """
 
 import math
@@ -37,8 +37,9 @@ _ADJUST = ("match_rms_adamw", "original")
 class Muon(Optimizer):
     """One optimizer whose groups marked `muon` are updated by Muon and whose others by AdamW.
 
-    `trainerkit.optim.make_optimizer` (so every Task) marks them. Learning-rate schedules, clipping, averages and checkpoints
-    see an ordinary optimizer. Of sharded parameters (FSDP2) every process gathers the matrices and computes them all.
+    `trainerkit.optim.make_optimizer` (so every Task) marks them. Learning-rate schedules, clipping, averages and
+    checkpoints see an ordinary optimizer. Where parameters are sharded (FSDP2), every process gathers the matrices and
+    computes them all.
 
     Args:
         params: groups; at least one with `"muon": True`, of 2-dimensional parameters.
@@ -84,7 +85,7 @@ class Muon(Optimizer):
         defaults: Group = {"lr": lr, "weight_decay": weight_decay, "muon": False, "fused": bool(fused)}
         defaults |= {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
         defaults |= {"betas": tuple(betas), "eps": eps}
-        groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in params]
+        groups: list[Group] = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in params]
         if not any(group.get("muon") for group in groups):
             raise ValueError("params: no group is of matrices (muon=True); trainerkit.optim.make_optimizer marks them")
         for group in groups:
@@ -130,7 +131,7 @@ class Muon(Optimizer):
         return [{"params": matrices, "weight_decay": weight_decay, "muon": True}, *others]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -147,11 +148,12 @@ class Muon(Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = _gradients(parameters)
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
+        if group["nesterov"]:
+            buffers = list(torch._foreach_lerp(gradients, buffers, group["momentum"]))
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for parameter, update in zip(parameters, orthogonalized(updates, group["ns_steps"]), strict=True):
+        for parameter, update in zip(parameters, orthogonalized(buffers, group["ns_steps"]), strict=True):
             m, n = parameter.shape
             ratio = 0.2 * math.sqrt(max(m, n))
             if group["adjust_lr_fn"] == "original":
@@ -168,7 +170,7 @@ class Muon(Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            _gradients(parameters),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -184,6 +186,10 @@ class Muon(Optimizer):
         )
 
 
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
 def orthogonalized(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
     """Each matrix with its singular values taken to near 1 by Newton and Schulz's iteration.
 
@@ -193,27 +199,35 @@ def orthogonalized(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
         steps: of the iteration.
 
     Returns:
-        In the order and the types given; sharded matrices (DTensor) are gathered, and cut as they were. A matrix of zeros
-        stays one.
+        In the order and the types given; sharded matrices (DTensor) are gathered, and cut as they were. A matrix of
+        zeros stays one.
     """
     batches: dict[tuple[torch.Size, torch.device, torch.dtype], list[int]] = {}
     wide = []
     for place, matrix in enumerate(matrices):
-        whole = matrix.full_tensor() if _is_sharded(matrix) else matrix
+        whole = _gathered(matrix)
         whole = whole.mT if whole.shape[0] > whole.shape[1] else whole  # XXᵀ is the smaller product
         wide.append(whole)
         batches.setdefault((whole.shape, whole.device, whole.dtype), []).append(place)
     found: dict[int, Tensor] = {}
     for places in batches.values():
-        batch = newton_schulz(torch.stack([wide[place] for place in places]), steps)
+        batch = newton_schulz(torch.stack([wide[place] for place in places]), steps, _kind(wide[places[0]]))
         found |= zip(places, batch, strict=True)
     return [_as_was(found[place], matrix) for place, matrix in enumerate(matrices)]
 
 
-def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """The iteration, a quintic whose factors make it fast rather than exact (Jordan 2024), on (B, m, n) with m ≤ n."""
+def newton_schulz(x: Tensor, steps: int, kind: torch.dtype) -> Tensor:
+    """The iteration, a quintic whose factors make it fast rather than exact (Jordan 2024).
+
+    Args:
+        x: (B, m, n) with m ≤ n, or it takes longer.
+        steps: of the iteration.
+        kind: the type to compute in.
+
+    Returns:
+        (B, m, n), in the type of `x`.
+    """
     a, b, c = _COEFFICIENTS
-    kind = _kind(x)
     y = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(_EPS)).to(kind)
     for _ in range(steps):
         gram = y @ y.mT
@@ -222,6 +236,7 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
 
 
 def _kind(x: Tensor) -> torch.dtype:
+    """The fastest type that is exact enough for x, and float64 for float64."""
     if x.dtype == torch.float64:
         return x.dtype
     fast = x.device.type != "cpu" or (
@@ -238,17 +253,20 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter, module: nn.Module) -> 
     return not (words and _HEADS & set(words[-1].split("_")))
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")
+def _gathered(matrix: Tensor) -> Tensor:
+    gather: Callable[[], Tensor] | None = getattr(matrix, "full_tensor", None)  # a DTensor's
+    return matrix if gather is None else gather()
 
 
 def _as_was(found: Tensor, matrix: Tensor) -> Tensor:
     """Turned as `matrix` is, and sharded as it is."""
     found = found.mT if matrix.shape[0] > matrix.shape[1] else found
-    if not _is_sharded(matrix):
+    if not hasattr(matrix, "full_tensor"):
         return found
     from torch.distributed.tensor import DTensor, Replicate
 
     assert isinstance(matrix, DTensor)
-    whole = DTensor.from_local(found, matrix.device_mesh, [Replicate()] * matrix.device_mesh.ndim, run_check=False)
-    return whole.redistribute(placements=matrix.placements)
+    everywhere = [Replicate()] * matrix.device_mesh.ndim
+    whole: DTensor = DTensor.from_local(found, matrix.device_mesh, everywhere, run_check=False)
+    sharded: Tensor = whole.redistribute(placements=matrix.placements)
+    return sharded

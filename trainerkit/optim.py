@@ -136,9 +136,9 @@ def schedule_factor(
 ) -> float:
     """Linear warm-up, a constant, and a decay down to `min_lr_scale`.
 
-    With s the step, W the warm-up, D the start of the decay, T the total and m the minimum: (s+1)/W while s < W, 1 while
-    s < D, then m + (1−m)·d(t) with t = min(1, (s−D)/(T−D)). d(t) is 1 − t for decay 'linear', ½(1 + cos πt) for 'cosine',
-    1 − √t for '1-sqrt'.
+    With s the step, W the warm-up, D the start of the decay, T the total and m the minimum: (s+1)/W while s < W,
+    1 while s < D, then m + (1−m)·d(t) with t = min(1, (s−D)/(T−D)). d(t) is 1 − t for the decay 'linear',
+    ½(1 + cos πt) for 'cosine', 1 − √t for '1-sqrt'.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -170,8 +170,8 @@ def warmup_cosine(
     Raises:
         ValueError: for a factor outside [0, 1], a negative warm-up, or a length that is still open.
     """
-    warmup, total = _lengths(total_steps, steps_per_epoch, warmup_epochs, warmup_steps)
-    return _schedule(optimizer, warmup, warmup, total, min_lr_scale, "cosine")
+    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_steps
+    return _schedule(optimizer, *lengths, decay_fraction=1.0, decay="cosine", min_lr_scale=min_lr_scale)
 
 
 def warmup_linear(
@@ -184,8 +184,8 @@ def warmup_linear(
     min_lr_scale: float = 0.0,
 ) -> LambdaLR:
     """Warm-up, then a straight line down over the rest of the run; arguments as `warmup_cosine`."""
-    warmup, total = _lengths(total_steps, steps_per_epoch, warmup_epochs, warmup_steps)
-    return _schedule(optimizer, warmup, warmup, total, min_lr_scale, "linear")
+    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_steps
+    return _schedule(optimizer, *lengths, decay_fraction=1.0, decay="linear", min_lr_scale=min_lr_scale)
 
 
 def warmup_stable_decay(
@@ -201,9 +201,9 @@ def warmup_stable_decay(
 ) -> LambdaLR:
     """Warm-up, a constant rate, and a decay over the last part of the run; other arguments as `warmup_cosine`.
 
-    Until the decay begins, the run may be made longer without training anything again. Sources: S. Hu et al., 'MiniCPM',
-    2024 (arXiv:2404.06395); 1 − √t: A. Hägele et al., 'Scaling laws and compute-optimal training beyond fixed training
-    durations', NeurIPS 2024 (arXiv:2405.18392).
+    Until the decay begins, the run may be made longer without training anything again. Sources: S. Hu et al.,
+    'MiniCPM', 2024 (arXiv:2404.06395); 1 − √t: A. Hägele et al., 'Scaling laws and compute-optimal training beyond
+    fixed training durations', NeurIPS 2024 (arXiv:2405.18392).
 
     Args:
         optimizer: what to schedule.
@@ -218,19 +218,26 @@ def warmup_stable_decay(
     Raises:
         ValueError: as there, for a fraction outside [0, 1], or for another decay.
     """
-    if not 0 <= decay_fraction <= 1:
-        raise ValueError(f"decay_fraction={decay_fraction}: must be from 0 to 1")
+    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_steps
+    return _schedule(optimizer, *lengths, decay_fraction=decay_fraction, decay=decay, min_lr_scale=min_lr_scale)
+
+
+def _schedule(
+    optimizer: Optimizer,
+    total_steps: int | None,
+    steps_per_epoch: int | None,
+    warmup_epochs: float,
+    warmup_steps: int | None,
+    *,
+    decay_fraction: float,
+    decay: str,
+    min_lr_scale: float,
+) -> LambdaLR:
+    for name, value in (("decay_fraction", decay_fraction), ("min_lr_scale", min_lr_scale)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: must be from 0 to 1")
     if decay not in _DECAYS:
         raise ValueError(f"decay={decay}: must be one of {', '.join(_DECAYS)}")
-    warmup, total = _lengths(total_steps, steps_per_epoch, warmup_epochs, warmup_steps)
-    start = max(warmup, total - round(decay_fraction * total))
-    return _schedule(optimizer, warmup, start, total, min_lr_scale, decay)
-
-
-def _lengths(
-    total_steps: int | None, steps_per_epoch: int | None, warmup_epochs: float, warmup_steps: int | None
-) -> tuple[int, int]:
-    """Steps of the warm-up and of the run."""
     if warmup_epochs < 0:
         raise ValueError(f"warmup_epochs={warmup_epochs}: must be 0 or more")
     if warmup_steps is not None and warmup_steps < 0:
@@ -241,16 +248,9 @@ def _lengths(
         if warmup_epochs and steps_per_epoch is None:
             raise ValueError(f"warmup_epochs={warmup_epochs}: needs steps_per_epoch as well, or give warmup_steps")
         warmup_steps = int(warmup_epochs * (steps_per_epoch or 0))
-    return warmup_steps, total_steps
-
-
-def _schedule(
-    optimizer: Optimizer, warmup_steps: int, decay_start: int, total_steps: int, min_lr_scale: float, decay: str
-) -> LambdaLR:
-    if not 0 <= min_lr_scale <= 1:
-        raise ValueError(f"min_lr_scale={min_lr_scale}: must be from 0 to 1")
-    lengths = {"warmup_steps": warmup_steps, "decay_start": decay_start, "total_steps": total_steps}
-    return LambdaLR(optimizer, lambda step: schedule_factor(step, **lengths, min_lr_scale=min_lr_scale, decay=decay))
+    start = max(warmup_steps, total_steps - round(decay_fraction * total_steps))
+    knots = {"warmup_steps": warmup_steps, "decay_start": start, "total_steps": total_steps}
+    return LambdaLR(optimizer, lambda step: schedule_factor(step, **knots, min_lr_scale=min_lr_scale, decay=decay))
 
 
 def _default(known: Mapping[str, inspect.Parameter], name: str) -> Any:

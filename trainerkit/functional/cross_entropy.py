@@ -12,9 +12,9 @@ Loss of a row with logits z, target y and p = softmax(z), nll = −log p_y:
 Its gradient by z_j is a·p_j − c, and another number for j = y: three numbers a row, and nothing else of the size of z.
 
 Sources: label smoothing: C. Szegedy et al., 'Rethinking the Inception architecture', CVPR 2016 (arXiv:1512.00567);
-focal loss: T.-Y. Lin et al., 'Focal loss for dense object detection', ICCV 2017 (arXiv:1708.02002); z-loss: A. Chowdhery
-et al., 'PaLM', 2022 (arXiv:2204.02311), λ = 1e-4; soft-cap: 'Gemma 2', 2024 (arXiv:2408.00118). Gradients in the
-forward pass: P.-L. Hsu et al., 'Liger kernel', 2024 (arXiv:2410.10989).
+focal loss: T.-Y. Lin et al., 'Focal loss for dense object detection', ICCV 2017 (arXiv:1708.02002); z-loss:
+A. Chowdhery et al., 'PaLM', 2022 (arXiv:2204.02311), λ = 1e-4; soft-cap: 'Gemma 2', 2024 (arXiv:2408.00118); gradients
+in the forward pass: P.-L. Hsu et al., 'Liger kernel', 2024 (arXiv:2410.10989).
 
 N: positions, V: vocabulary, D: width.
 """
