@@ -228,7 +228,7 @@ def newton_schulz(x: Tensor, steps: int, kind: torch.dtype) -> Tensor:
         (B, m, n), in the type of `x`.
     """
     a, b, c = _COEFFICIENTS
-    y = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(_EPS)).to(kind)
+    y: Tensor = (x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(_EPS)).to(kind)
     for _ in range(steps):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
@@ -239,10 +239,10 @@ def _kind(x: Tensor) -> torch.dtype:
     """The fastest type that is exact enough for x, and float64 for float64."""
     if x.dtype == torch.float64:
         return x.dtype
-    fast = x.device.type != "cpu" or (
+    slow = x.device.type == "cpu" and not (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-    return torch.bfloat16 if fast else torch.float32
+    return torch.float32 if slow else torch.bfloat16
 
 
 def _is_hidden_matrix(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
@@ -267,6 +267,5 @@ def _as_was(found: Tensor, matrix: Tensor) -> Tensor:
 
     assert isinstance(matrix, DTensor)
     everywhere = [Replicate()] * matrix.device_mesh.ndim
-    whole: DTensor = DTensor.from_local(found, matrix.device_mesh, everywhere, run_check=False)
-    sharded: Tensor = whole.redistribute(placements=matrix.placements)
-    return sharded
+    whole = DTensor.from_local(found, matrix.device_mesh, everywhere, run_check=False)
+    return whole.redistribute(placements=matrix.placements)

@@ -19,8 +19,8 @@ def info_nce(
 ) -> Tensor:
     """Cross-entropy of finding each query's document among all documents of the batch.
 
-    −log [exp(q_i·d_i/τ) / Σ_j exp(q_i·d_j/τ)], mean over i. In float32 under autocast too, since τ enlarges rounding; the
-    table of all pairs is never held at once.
+    −log [exp(q_i·d_i/τ) / Σ_j exp(q_i·d_j/τ)], mean over i. In float32 under autocast too, since τ enlarges rounding;
+    the table of all pairs is never held at once.
 
     Args:
         queries: (B, D).
