@@ -310,7 +310,7 @@ def test_two_processes_with_shards_do_what_one_does(tmp_path):
         ({"adamw_lr": -1.0}, "adamw_lr=-1.0: must be 0 or more"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1: must be 0 or more"),
         ({"momentum": 1.0}, "momentum=1.0: must be from 0 to below 1"),
-        ({"betas": (0.9, 1.5)}, "betas=1.5: must be from 0 to below 1"),
+        ({"betas": (0.9, 1.5)}, r"betas=\[0.9, 1.5\]: must be two numbers from 0 to below 1"),
         ({"ns_steps": 0}, "ns_steps=0: must be from 1 to 99"),
         ({"adjust_lr_fn": "none"}, "adjust_lr_fn=none: must be one of match_rms_adamw, original"),
     ],

@@ -75,9 +75,10 @@ class Muon(Optimizer):
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("adamw_lr", adamw_lr or 0.0), ("eps", eps)):
             if not value >= 0:
                 raise ValueError(f"{name}={value}: must be 0 or more")
-        for name, value in (("momentum", momentum), ("betas", betas[0]), ("betas", betas[1])):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}={value}: must be from 0 to below 1")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum}: must be from 0 to below 1")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={list(betas)}: must be two numbers from 0 to below 1")
         if not 1 <= ns_steps < 100:
             raise ValueError(f"ns_steps={ns_steps}: must be from 1 to 99")
         if adjust_lr_fn not in _ADJUST:
