@@ -11,6 +11,7 @@ from tests.support import ROOT, smooth_spectra
 from trainerkit.build import build, check
 from trainerkit.compose import choices, compose_config, config_loader
 from trainerkit.errors import UserError
+from trainerkit.optim import make_optimizer, make_scheduler
 from trainerkit.plugins import AllowList
 from trainerkit.signatures import parameters
 from trainerkit.testing import check_data, check_task
@@ -98,17 +99,16 @@ def test_optimizers_list_every_parameter_and_take_a_step(path):
     factory = build(composed(path).optimizer, "optimizer", ALLOW)
     assert isinstance(factory, partial)
     assert set(factory.keywords) == set(parameters(factory.func)) - {"params"}
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = factory([weight])
-    weight.sum().backward()
+    layer = torch.nn.Linear(3, 3)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    optimizer = make_optimizer(factory, layer)
+    layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    assert not torch.equal(weight, torch.ones(3))
+    assert not any(torch.equal(old, new) for old, new in zip(before, layer.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("path", of("scheduler"))
 def test_schedulers_list_every_parameter_and_stay_between_nothing_and_the_rate(path):
-    from trainerkit.optim import make_scheduler
-
     factory = build(composed(path).scheduler, "scheduler", ALLOW)
     assert set(factory.keywords) == set(parameters(factory.func)) - {"optimizer"}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)

@@ -203,7 +203,7 @@ class Tied(nn.Module):
     def forward(self, tokens, targets):
         hidden = self.layer(self.embedding(tokens))
         if self.linear:
-            return linear_cross_entropy(hidden, self.embedding.weight, targets, chunk_size=5)[0]
+            return linear_cross_entropy(hidden, self.embedding.weight, targets, chunk_size=10)[0]
         return F.cross_entropy((hidden @ self.embedding.weight.T).float(), targets)
 
 
