@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,6 +47,17 @@ class ToyModule(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class FailsOnce(Callback):
+    """Ends a fit after its checkpoint was read and before it trains."""
+
+    failed = False
+
+    def on_fit_start(self, trainer, pl_module):
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("failed once")
 
 
 def toy_loader(rows: int = 32, batch_size: int = 8, width: int = 4) -> DataLoader:

@@ -22,10 +22,12 @@ from trainerkit.hydra_parts import check_hydra, check_node
 from trainerkit.loading import read_safetensors
 from trainerkit.plugins import AllowList
 from trainerkit.run import run
+from trainerkit.testing._kill_runs import SMALL
 
-# What a task needs to be small, by its name; every task has a line here.
-SMALL = {"mae": SMALL_MAE}
-QUICK = ["trainer.max_epochs=1", "callbacks.reconstruction_report=null"]
+QUICK = ["trainer=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=3", "callbacks.progress_bar=null"]
+# Callbacks that are for one task's predictions, and what is written then; every task has a line here.
+PREDICTING = {"mae": "callbacks=[default,latent_clusters]", "lm": "callbacks=[default]"}
+PREDICTED = {"mae": {"latent.npy", "clusters.npy", "clusters.json"}, "lm": {"tokens.npy", "text.jsonl"}}
 BARE = [*(option for option in SMALL_MAE if not option.startswith("callbacks")), "callbacks=none", "logger=none"]
 SAVING = [option.replace("=none", "=[crash_safe_checkpoint,best_weights]") for option in BARE[:-1]] + BARE[-1:]
 
@@ -80,38 +82,39 @@ def load_safely(path):
 def written(request, tmp_path_factory):
     """The folder of a run with every callback there is: trained, tested, predicted in both formats."""
     folder = tmp_path_factory.mktemp(request.param)
-    np.save(folder / "spectra.npy", smooth_spectra(rows=96))
-    options = [*SMALL[request.param], f"data.path={folder}/spectra.npy", f"out_dir={folder}/run", *QUICK]
+    options = [f"task={request.param}", *SMALL[request.param](folder), f"out_dir={folder}/run", *QUICK]
     chosen = f"callbacks=[default,{','.join(all_callbacks())}]"
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)
         main([*options, chosen])
-        main([*options, "stage=predict", "callbacks=[default,latent_clusters]"])
+        main([*options, "stage=predict", PREDICTING[request.param]])
         main([*options, "stage=predict", "callbacks.save_predictions.format=safetensors"])
-    return folder / "run"
+    return request.param, folder / "run"
 
 
 @pytest.mark.filterwarnings("ignore")  # callbacks that do not go together say so; here all are to write
 def test_everything_that_a_run_writes_loads_without_running_code(written):
-    paths = [path for path in written.rglob("*") if path.is_file()]
+    task, folder = written
+    paths = [path for path in folder.rglob("*") if path.is_file()]
     loaded = [path for path in paths if load_safely(path)]
     found = {path.name for path in loaded}
     assert found >= {
         "last.ckpt", "best.ckpt", "best_model.safetensors", "training_history.json", "config.yaml", "results.json",
-        "environment.json", "hparams.yaml", "latent.npy", "predictions.safetensors", "clusters.npy", "clusters.json",
+        "environment.json", "hparams.yaml", "predictions.safetensors", *PREDICTED[task],
     }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_hyperparameters_in_a_checkpoint_are_json(written):
+    _, folder = written
     for name in ("last.ckpt", "best.ckpt"):
-        checkpoint = torch.load(written / "checkpoints" / name, weights_only=True)
+        checkpoint = torch.load(folder / "checkpoints" / name, weights_only=True)
         saved = checkpoint["hyper_parameters"]
         assert type(saved) is dict
         assert saved
         assert json.loads(json.dumps(saved, allow_nan=False)) == saved
-    assert yaml.safe_load(next(written.rglob("hparams.yaml")).read_text()) == saved
-    _, facts = read_safetensors(written / "best_model.safetensors", "path")
+    assert yaml.safe_load(next(folder.rglob("hparams.yaml")).read_text()) == saved
+    _, facts = read_safetensors(folder / "best_model.safetensors", "path")
     assert json.loads(facts["config"]) == saved
 
 
@@ -384,4 +387,4 @@ def test_the_resolved_config_of_a_child_process_is_held_to_the_same_list(compose
 
 
 def test_every_task_is_covered():
-    assert set(SMALL) == set(tasks()) == {path.stem for path in (ROOT / "configs" / "task").glob("*.yaml")}
+    assert set(PREDICTING) == set(PREDICTED) == set(tasks()) == {path.stem for path in (ROOT / "configs" / "task").glob("*.yaml")}

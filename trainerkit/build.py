@@ -54,8 +54,9 @@ def build(node: Any, key: str, allow: AllowList, **extra: Any) -> Any:
 
 def check(node: Any, key: str, allow: AllowList, given: frozenset[str] = frozenset()) -> None:
     """Check a config node and everything below it without building anything; raises `UserError`."""
-    for place, child in _targets(_plain(node, key), key):
-        _check_target(child, place, allow, given if place == key else frozenset())
+    for place, child in mappings(_plain(node, key), key):
+        if "_target_" in child:
+            _check_target(child, place, allow, given if place == key else frozenset())
 
 
 def _plain(node: Any, key: str) -> Any:
@@ -90,15 +91,15 @@ def _build(node: Any, key: str, allow: AllowList, extra: Mapping[str, Any]) -> A
         raise _as_user_error(error, key, node) from error
 
 
-def _targets(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def mappings(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping in a node, itself included, with its key; the outer one first."""
     if isinstance(node, dict):
-        if "_target_" in node:
-            yield key, node
+        yield key, node
         for name, child in node.items():
-            yield from _targets(child, f"{key}.{name}")
+            yield from mappings(child, f"{key}.{name}")
     elif isinstance(node, list):
         for position, child in enumerate(node):
-            yield from _targets(child, f"{key}[{position}]")
+            yield from mappings(child, f"{key}[{position}]")
 
 
 def _check_special(node: dict[str, Any], key: str) -> None:

@@ -99,8 +99,10 @@ def _main(arguments: list[str]) -> None:
     if not any(override.lstrip("+").startswith("task=") for override in overrides):
         raise UserError(_no_task(overrides))
 
-    from trainerkit.compose import compose_config
+    from trainerkit.compose import compose_config, with_text_quoted
     from trainerkit.hydra_parts import check_search_path
+
+    overrides = [with_text_quoted(override) for override in overrides]
 
     if config_dir is not None:
         check_search_path(config_dir)

@@ -9,7 +9,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from trainerkit.errors import UserError, did_you_mean, either, first_lines, nearest
@@ -17,6 +17,8 @@ from trainerkit.plugins import register_search_path
 
 CONFIG_MODULE = "trainerkit.configs"
 CONFIG_NAME = "train"
+# Keys whose values are prose or code, in which commas, brackets and spaces at the end mean themselves.
+_TEXT_KEYS = ("prompt",)
 
 
 def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:
@@ -46,6 +48,21 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
             return compose(CONFIG_NAME, overrides=chosen)
         except Exception as error:  # also ValueError and AssertionError, for what its grammar lets through
             raise UserError(first_lines(error)) from error
+
+
+def with_text_quoted(override: str) -> str:
+    """An override of a key that holds text, quoted for Hydra, unless the user quoted it; any other as it is.
+
+    Raises:
+        UserError: for a text with `${`, which OmegaConf would take for a key's name, quoted or not.
+    """
+    key, equals, text = override.partition("=")
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if key.lstrip("+") not in _TEXT_KEYS or not equals or text == "null" or quoted:
+        return override
+    if "${" in text:
+        raise UserError(f"{override}: ${{ means another key here; put such a text into a file, data.prompt_file=FILE.")
+    return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
 
 
 class config_loader:

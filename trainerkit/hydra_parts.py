@@ -17,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from trainerkit.build import mappings
 from trainerkit.compose import CONFIG_NAME, all_groups, config_loader, texts
 from trainerkit.errors import UserError, first_lines
 from trainerkit.plugins import AllowList
@@ -117,7 +118,7 @@ def _combinations(swept: list[Override], groups: set[str]) -> Iterator[list[str]
 
 def check_node(hydra: dict[str, Any], allow: AllowList, overrides: list[str]) -> None:
     """Check one composed node `hydra`; arguments and errors as of `check_hydra`."""
-    for key, node in _mappings(hydra, "hydra"):
+    for key, node in mappings(hydra, "hydra"):
         if "_target_" in node:
             allow.resolve_for_hydra(str(node["_target_"]), key)
         if key.startswith(("hydra.job_logging", "hydra.hydra_logging")):
@@ -135,13 +136,3 @@ def _check_logging(node: dict[str, Any], key: str) -> None:
         outside = isinstance(value, str) and ("ext://" in value or "${" in value) and value not in _STREAMS
         if name == "." or (outside and not value.startswith("${hydra.")):
             raise UserError(f"{key}.{name}={value}: is not read from a config, since it can run code.")
-
-
-def _mappings(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if isinstance(node, dict):
-        yield key, node
-        for name, child in node.items():
-            yield from _mappings(child, f"{key}.{name}")
-    elif isinstance(node, list):
-        for position, child in enumerate(node):
-            yield from _mappings(child, f"{key}[{position}]")

@@ -142,19 +142,33 @@ class Task(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def track(self, name: str, value: Tensor, weight: float = 1.0, reduction: Literal["mean", "sum"] = "mean") -> None:
+    def track(
+        self, name: str, value: Tensor, weight: float | Tensor = 1.0, reduction: Literal["mean", "sum"] = "mean"
+    ) -> None:
         """Keep a scalar for its mean (or sum) over the epoch, without a copy to the host.
 
         Args:
             name: the metric, `stage/what`.
             value: a scalar tensor; detached here.
-            weight: what it counts for in the mean, normally the number of samples.
+            weight: what it counts for in the mean, normally the number of samples; a scalar tensor where only the
+                device knows it, such as the number of tokens that count.
             reduction: 'sum' adds the values up instead, so that the epoch has the value of one single batch.
         """
         meter = self._meters.get(name)
         if meter is None:
             meter = self._meters[name] = _Meter(reduction)
         meter.add(value.detach(), weight)
+
+    def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Metrics that are computed from the means of an epoch; a subclass overrides it.
+
+        Args:
+            metrics: what was tracked in the epoch that ends, by name.
+
+        Returns:
+            What is logged beside it, by name.
+        """
+        return {}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hand over what the loggers want; a subclass that overrides this calls it."""
@@ -195,8 +209,10 @@ class Task(LightningModule):
                 self._meters[name] = _Meter.from_state(state)
 
     def _log_epoch(self, prefix: str, **options: Any) -> None:
-        for name in [name for name in self._meters if name.startswith(prefix)]:
-            self.log(name, self._meters.pop(name).result(self._sum_over_ranks), **options)
+        names = [name for name in self._meters if name.startswith(prefix)]
+        metrics = {name: self._meters.pop(name).result(self._sum_over_ranks) for name in names}
+        for name, value in (metrics | self.derived_metrics(metrics)).items():
+            self.log(name, value, **options)
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         if self.trainer.world_size == 1:
@@ -233,11 +249,11 @@ class _Meter:
     def __init__(self, reduction: Literal["mean", "sum"]) -> None:
         self.reduction = reduction
         self._pending: list[Tensor] = []
-        self._weights: list[float] = []
+        self._weights: list[float | Tensor] = []
         self._sum = self._weight = 0.0
         self._window_sum = self._window_weight = 0.0
 
-    def add(self, value: Tensor, weight: float) -> None:
+    def add(self, value: Tensor, weight: float | Tensor) -> None:
         self._pending.append(value)
         self._weights.append(weight)
         if len(self._pending) >= _MAX_PENDING:
@@ -274,7 +290,10 @@ class _Meter:
         if not self._pending:
             return
         values = torch.stack(self._pending).tolist()  # the one copy to the host
-        for value, weight in zip(values, self._weights, strict=True):
+        counts = [weight for weight in self._weights if isinstance(weight, Tensor)]
+        counted = iter(torch.stack(counts).tolist() if counts else ())  # and one for weights that the device knows
+        weights = [next(counted) if isinstance(weight, Tensor) else weight for weight in self._weights]
+        for value, weight in zip(values, weights, strict=True):
             term = value if self.reduction == "sum" else value * weight
             self._sum += term
             self._weight += weight

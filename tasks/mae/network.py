@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainerkit.nn.weights import load_weights
 from trainerkit.tasks.mae.masking import hidden_positions, random_visible
 from trainerkit.tasks.mae.transformer import Transformer
-from trainerkit.tasks.mae.weights import load_weights
 
 
 class MaskedAutoencoder(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 from torchmetrics import MeanMetric
 
-from tests.support import toy_trainer
+from tests.support import FailsOnce, toy_trainer
 from trainerkit.callbacks import ExactResume
 from trainerkit.callbacks._inexact import inexact_reasons
 from trainerkit.callbacks.exact_resume import random_state, set_random_state
@@ -511,17 +511,6 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_written_when_fit_is_over(tmp_pa
     _, trainer, _ = fit(tmp_path / "short", IN_PROCESS["shuffled"], max_epochs=1)
     trainer.save_checkpoint(tmp_path / "over.ckpt")
     assert_same(whole, fit(tmp_path / "resumed", IN_PROCESS["shuffled"], resume=tmp_path / "over.ckpt", seed=99))
-
-
-class FailsOnce(Callback):
-    """Ends a fit after its checkpoint was read and before it trains."""
-
-    failed = False
-
-    def on_fit_start(self, trainer, pl_module):
-        if not self.failed:
-            self.failed = True
-            raise RuntimeError("failed once")
 
 
 def test_a_fit_from_the_start_after_one_that_failed_to_resume_begins_at_the_first_batch(tmp_path):

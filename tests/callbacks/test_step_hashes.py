@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.support import ToyModule, toy_trainer, two_processes
+from tests.support import FailsOnce, ToyModule, toy_trainer, two_processes
 from trainerkit.callbacks import EMA, ExactResume, StepHashes, StepsDiffer
 from trainerkit.callbacks._digest import digest, digest_of, flat
 from trainerkit.callbacks._step_records import compare_folders, first_difference, make_record, read_records
@@ -314,17 +314,6 @@ def test_it_changes_nothing_beside_an_average(tmp_path):
     torch.manual_seed(7)
     trainer.fit(module, loader(), loader())
     assert torch.equal(with_it.layer.weight, module.layer.weight)
-
-
-class FailsOnce(Callback):
-    """Ends a fit after its checkpoint was read and before it trains."""
-
-    failed = False
-
-    def on_fit_start(self, trainer, pl_module):
-        if not self.failed:
-            self.failed = True
-            raise RuntimeError("failed once")
 
 
 def test_a_fit_from_the_start_after_one_that_failed_to_resume_begins_at_step_0(tmp_path):

@@ -4,5 +4,10 @@ from trainerkit.data.indian_pines import IndianPines
 from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches
 from trainerkit.data.seeded import SeededSamples
 from trainerkit.data.spectra import SpectraData, snv
+from trainerkit.data.stdlib_text import StdlibText
+from trainerkit.data.text import TextData
 
-__all__ = ["ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SeededSamples", "SpectraData", "snv"]
+__all__ = [
+    "ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SeededSamples", "SpectraData", "StdlibText", "TextData",
+    "snv",
+]  # fmt: skip

@@ -196,7 +196,10 @@ def _read(path: Path) -> None:
 
 
 def _verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Hold files against a manifest; those that are gone are no checkpoint any more."""
+    """Hold files against a manifest; those that are gone are no checkpoint any more.
+
+    Not by the code that a resume reads it with: a judge does not share the mistakes of what it judges.
+    """
     for name, facts in files.items():
         path = folder / name
         if not path.exists():

@@ -93,5 +93,26 @@ def _mae(folder: Path) -> list[str]:
     ]
 
 
+def _lm(folder: Path) -> list[str]:
+    """20,000 letters of text, some nine steps an epoch, three batches to validate."""
+    path = folder / "text.txt"
+    if not path.exists():
+        words = np.random.default_rng(0).choice(["one", "two", "three", "four", "five", "six"], size=4600)
+        path.write_text("\n".join(" ".join(line) for line in words.reshape(-1, 10)) + "\n", encoding="utf-8")
+    return [
+        "data=text",
+        f"data.path={path}",
+        f"data.cache_dir={folder / 'cache'}",
+        "data.context_length=32",
+        "data.batch_size=64",
+        "data.test_fraction=0.1",
+        "task.network.n_layers=1",
+        "task.network.d_model=16",
+        "task.network.n_heads=2",
+        "task.network.dropout=0.1",
+        "task.max_new_tokens=4",
+    ]
+
+
 # The tasks that ship, each with data written into a folder and a network of milliseconds.
-SMALL: dict[str, Callable[[Path], list[str]]] = {"mae": _mae}
+SMALL: dict[str, Callable[[Path], list[str]]] = {"mae": _mae, "lm": _lm}
