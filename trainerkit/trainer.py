@@ -63,5 +63,7 @@ def _compiler(given: bool | str | dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(given, dict):
         return dict(given)
     if given not in _MODES:
-        raise ValueError(f"compile={given}: must be true, false, arguments of torch.compile, or one of its modes: {', '.join(_MODES)}")
+        raise ValueError(
+            f"compile={given}: must be true, false, arguments of torch.compile, or one of its modes: {', '.join(_MODES)}"
+        )
     return {"mode": given}
