@@ -203,10 +203,9 @@ def test_a_checkpoint_in_one_file_goes_on_in_one_process(single, sharded, tmp_pa
     folder, one_file, _ = sharded
     if not one_file:
         pytest.skip("a folder is read by FSDP2 alone")
+    path = folder / "checkpoints" / "step-00000008.ckpt"
+    task, trainer = Copies(), toy_trainer(tmp_path, callbacks(), kind=Trainer, max_epochs=3, gradient_clip_val=0.05)
     with pytest.warns(UserWarning, match="of 2 processes and this run has 1"):
-        warnings.simplefilter("always")
-        path = folder / "checkpoints" / "step-00000008.ckpt"
-        task, trainer = Copies(), toy_trainer(tmp_path, callbacks(), kind=Trainer, max_epochs=3, gradient_clip_val=0.05)
         trainer.fit(task, rows(64, 8), rows(24, 8), ckpt_path=path)
     final = {name: tensor.tolist() for name, tensor in task.state_dict().items()}
     assert furthest(final, single["weights"]) < 1e-5
