@@ -54,7 +54,8 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in seen:
-            whole = tensor.full_tensor() if is_piece(tensor) else tensor  # type: ignore[operator]
+            cut: Any = tensor
+            whole = cut.full_tensor() if is_piece(tensor) else tensor
             seen[id(tensor)] = whole.detach().cpu() if first else torch.empty(0)
     return {name: seen[id(tensor)] for name, tensor in tensors.items()} if first else {}
 
@@ -65,5 +66,7 @@ def let_go(module: nn.Module) -> None:
     They would be used once more, whatever was written into the pieces since.
     """
     for part in module.modules():
-        if type(part).__name__.startswith("FSDP") and hasattr(part, "reshard"):
-            part.reshard()
+        if type(part).__name__.startswith("FSDP"):
+            reshard: Any = getattr(part, "reshard", None)
+            if reshard is not None:
+                reshard()

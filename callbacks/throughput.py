@@ -11,7 +11,7 @@ appendix B.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +22,14 @@ from trainerkit.callbacks._peak_flops import dense_peak, matmul_kind
 from trainerkit.callbacks._trainer import is_stepping, log_metrics, step_number
 
 Count = int | Tensor
+
+
+@runtime_checkable
+class TellsFlops(Protocol):
+    """A module that knows by a formula what it needs (`trainerkit.functional.flops`)."""
+
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of a sample's forward and backward pass."""
 
 
 @dataclass
@@ -82,7 +90,8 @@ class Throughput(Callback):
             tensor.
         tokens: key of the batch whose elements are the tokens, or a function of the batch (a tensor that it gives is
             not read before the window's end); None counts none.
-        flops: 'count', or the operations of a sample's forward and backward pass, or None for neither FLOP/s nor MFU.
+        flops: 'count'; 'model' asks the module's `flops_per_sample`; or the operations of a sample's forward and
+            backward pass; or None for neither FLOP/s nor MFU.
         peak_flops: dense operations a second of one device; None takes them from a table, and gives no MFU for a device
             that is not in it.
 
@@ -91,7 +100,8 @@ class Throughput(Callback):
     which go through a checkpoint.
 
     Raises:
-        ValueError: for a value that is not possible; in `setup` for tensor parallelism; at the first batch if there is
+        ValueError: for a value that is not possible; in `setup` for tensor parallelism, and for `flops='model'` with a
+            module that does not tell; at the first batch if there is
             nothing in it that can be counted.
     """
 
@@ -100,7 +110,7 @@ class Throughput(Callback):
         every_n_steps: int = 50,
         batch_size: int | Callable[[Any], int] | None = None,
         tokens: str | Callable[[Any], Count] | None = None,
-        flops: float | Literal["count"] | None = "count",
+        flops: float | Literal["count", "model"] | None = "count",
         peak_flops: float | None = None,
     ) -> None:
         if every_n_steps < 1:
@@ -109,8 +119,8 @@ class Throughput(Callback):
             raise ValueError(f"batch_size={batch_size}: must be 1 or more, a function of the batch, or null")
         if tokens is not None and not (callable(tokens) or (isinstance(tokens, str) and tokens)):
             raise ValueError(f"tokens={tokens!r}: must be a key of the batch, a function of the batch, or null")
-        if not (flops is None or flops == "count" or (isinstance(flops, (int, float)) and flops > 0)):
-            raise ValueError(f"flops={flops}: must be 'count', operations a sample above 0, or null")
+        if not (flops is None or flops in ("count", "model") or (isinstance(flops, (int, float)) and flops > 0)):
+            raise ValueError(f"flops={flops}: must be 'count', 'model', operations a sample above 0, or null")
         if peak_flops is not None and peak_flops <= 0:
             raise ValueError(f"peak_flops={peak_flops}: must be above 0, or null to take it from the table")
         self.every_n_steps = every_n_steps
@@ -137,7 +147,11 @@ class Throughput(Callback):
     # The start and the end
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse where several ranks see the same samples."""
+        """Refuse where several ranks see the same samples; ask the module."""
+        if self.flops == "model" and not isinstance(pl_module, TellsFlops):
+            raise ValueError(
+                f"flops=model: {type(pl_module).__name__} has no flops_per_sample(); take 'count' or a number"
+            )
         mesh = getattr(trainer.strategy, "_device_mesh", None)
         if mesh is not None and mesh["tensor_parallel"].size() > 1:
             raise ValueError(
@@ -166,6 +180,8 @@ class Throughput(Callback):
         if trainer.global_step == 0:
             self._before = {"samples": 0, "tokens": 0}
         self._begin()
+        if self.flops == "model" and isinstance(pl_module, TellsFlops):
+            self._flops_per_sample = pl_module.flops_per_sample()
         self._enter_loop(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -118,6 +119,7 @@ def _run(cfg: DictConfig, overrides: list[str], allow: AllowList, again: Sequenc
 
     seed_everything(cfg.seed, workers=True, verbose=False)
     data, task, trainer = _build_all(cfg, overrides, out_dir, allow)
+    _check_reader(checkpoint, out_dir, trainer)
     _print_start(cfg, out_dir, checkpoint, trainer)
     with leading_children(cfg, trainer), _advice(checkpoint, cfg):
         if cfg.stage == "fit":
@@ -163,6 +165,16 @@ def _build_all(
     node = OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key not in options])
     trainer: Any = _of_kind(LightningTrainer, build(node, "trainer", allow, **options), "trainer")
     return data, task, trainer
+
+
+def _check_reader(checkpoint: str | None, out_dir: Path, trainer: Trainer) -> None:
+    """A checkpoint in pieces is read by strategies that hold pieces."""
+    reads_pieces = type(trainer.strategy).load_checkpoint is not Strategy.load_checkpoint
+    if checkpoint is not None and Path(checkpoint).is_dir() and not reads_pieces:
+        raise UserError(
+            f"resume={checkpoint}: is a checkpoint in pieces, which needs trainer=fsdp. Whole weights, to evaluate: "
+            f"resume={out_dir / 'best_model.safetensors'}."
+        )
 
 
 def _build_group(cfg: DictConfig, group: str, allow: AllowList) -> list[Any]:

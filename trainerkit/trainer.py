@@ -24,8 +24,8 @@ class Trainer(pl.Trainer):
         **kwargs: see `lightning.pytorch.Trainer`.
 
     Raises:
-        ValueError: for a negative `gradient_clip_val`, which Lightning would take for no clipping; for another `compile`; for
-            a precision that FSDP2 does not have.
+        ValueError: for a negative `gradient_clip_val`, which Lightning would take for no clipping; for another
+            `compile`; for a precision that FSDP2 does not have.
 
     Attributes:
         compiler: keyword arguments for `torch.compile`, or None; `Task.configure_model` reads it.
@@ -63,5 +63,6 @@ def _compiler(given: bool | str | dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(given, dict):
         return dict(given)
     if given not in _MODES:
-        raise ValueError(f"compile={given}: must be true, false, arguments of torch.compile, or one of its modes: {', '.join(_MODES)}")
+        modes = ", ".join(_MODES)
+        raise ValueError(f"compile={given}: must be true, false, one of {modes}, or arguments of torch.compile")
     return {"mode": given}

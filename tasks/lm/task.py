@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from trainerkit.functional.cross_entropy import linear_cross_entropy
+from trainerkit.functional.flops import decoder_flops_per_token
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
 from trainerkit.tasks.lm.generation import generate
 from trainerkit.tasks.lm.network import GPT
@@ -135,6 +136,16 @@ class LanguageModelTask(Task):
         if end is None:
             return tokens
         return torch.nn.functional.pad(tokens, (0, wanted - tokens.shape[1]), value=end)  # where every row has ended
+
+    def flops_per_sample(self) -> int:
+        """Operations of a row's forward and backward pass, for `Throughput`: `decoder_flops_per_token` times T."""
+        network = self.network
+        looked_up = {id(p) for p in (network.position_embedding or torch.nn.Module()).parameters()}
+        if network.output is not None:
+            looked_up.add(id(network.token_embedding.weight))
+        matrices = sum(p.numel() for p in network.parameters() if p.ndim > 1 and id(p) not in looked_up)
+        length = network.context_length
+        return length * decoder_flops_per_token(matrices, network.n_layers, network.d_model, length)
 
     def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Perplexity, from the mean over the whole evaluation: a mean of perplexities would be another number."""

@@ -410,10 +410,10 @@ def test_a_resumed_run_takes_a_new_decay_and_keeps_the_average(tmp_path):
     assert torch.equal(other.average(0.9)["layer.weight"], before)
 
 
-def test_sharded_parameters_are_refused_in_one_sentence(tmp_path):
+def test_sharded_parameters_other_than_fsdp2s_are_refused_in_one_sentence(tmp_path):
     trainer = toy_trainer(tmp_path, [])
-    trainer.strategy.__class__ = type("ModelParallelStrategy", (type(trainer.strategy),), {})
-    with pytest.raises(ValueError, match="strategy=ModelParallelStrategy: EMA does not work on sharded parameters"):
+    trainer.strategy.__class__ = type("FSDPStrategy", (type(trainer.strategy),), {})
+    with pytest.raises(ValueError, match="strategy=FSDPStrategy: EMA does not work on sharded parameters"):
         EMA().setup(trainer, ToyModule(), "fit")
 
 

@@ -313,6 +313,20 @@ def test_what_another_callback_computes_is_not_counted(tmp_path, turn):
     assert callbacks[0]._flops_per_sample == 16
 
 
+def test_a_module_may_tell_its_operations(tmp_path):
+    clock, seen = Clock(), Kept()
+
+    class Tells(Slow):
+        def flops_per_sample(self):
+            return 32.0
+
+    trainer = toy_trainer(tmp_path, [timed(clock, flops="model"), seen], max_epochs=1)
+    trainer.fit(Tells(clock), DataLoader(SlowData(clock), batch_size=8))
+    assert seen.seen[4]["flops_per_second"] == pytest.approx(2 * 16 * 16 / 5)
+    with pytest.raises(ValueError, match="flops=model: Slow has no flops_per_sample\\(\\); take 'count' or a number"):
+        toy_trainer(tmp_path, [timed(clock, flops="model")]).fit(Slow(clock), DataLoader(SlowData(clock), batch_size=8))
+
+
 def test_mfu_is_flops_over_the_peak_and_absent_where_the_peak_is_unknown(tmp_path):
     clock = Clock()
     kept = [Kept() for _ in range(3)]
