@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.support import ROOT, smooth_spectra
+from tests.support import ROOT, small_text, smooth_spectra
 from trainerkit.build import build, check
 from trainerkit.compose import choices, compose_config, config_loader
 from trainerkit.errors import UserError
@@ -23,7 +23,12 @@ ALLOW = AllowList()
 # Choices that name no target of their own, or belong beside another choice.
 COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
 # What a choice needs before it can be composed or built.
-NEEDS = {"data/spectra": ["data.path=spectra.npy"]}
+NEEDS = {
+    "data/spectra": ["data.path=spectra.npy"],
+    "data/text": ["data.path=text.txt", "data.context_length=32", "data.batch_size=8", "data.cache_dir=cache"],
+    # Learning a BPE from 12 MB takes seconds; tests/data/test_tokenizers.py learns one from less.
+    "data/stdlib_text": ["data.tokenizer=bytes", "data.vocab_size=null", "data.batch_size=512", "data.cache_dir=cache"],
+}
 
 
 def name(path):
@@ -144,6 +149,7 @@ def test_data_keep_the_contract(path, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     np.save("spectra.npy", smooth_spectra())
+    small_text(tmp_path / "text.txt")
     check_data(lambda: build(composed(path).data, "data", ALLOW))
 
 

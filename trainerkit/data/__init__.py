@@ -8,6 +8,6 @@ from trainerkit.data.stdlib_text import StdlibText
 from trainerkit.data.text import TextData
 
 __all__ = [
-    "ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SeededSamples", "SpectraData", "StdlibText", "TextData",
-    "snv",
+    "ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SeededSamples", "SpectraData", "StdlibText",
+    "TextData", "snv",
 ]  # fmt: skip
