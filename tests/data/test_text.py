@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ END = 256
 def folder(tmp_path):
     """Thirty files, so that the split is by name."""
     for i in range(30):
-        small_text(tmp_path / "texts" / f"{i:02}.txt", words=100 + 10 * i, seed=i)
+        small_text(tmp_path / "texts" / f"{i:02}.txt", words=60 + 4 * i, seed=i)
     return tmp_path / "texts"
 
 
@@ -137,31 +138,8 @@ def test_separate_documents_equal_each_document_on_its_own(folder):
     for path in sorted(folder.glob("*.txt")):
         if draw_split(path.name.encode(), (0.1, 0.1)) == 1:
             document = [END, *path.read_bytes(), END]
-            pairs += list(zip(document, document[1:], strict=False))
+            pairs += list(pairwise(document))
     assert row_pairs == pairs
-
-
-def test_two_processes_have_together_what_one_has_with_the_double_batch(folder):
-    data = make(folder)
-    alone = make(folder, batch_size=8)
-
-    class Rank:
-        world_size = 2
-
-        def __init__(self, rank):
-            self.global_rank = rank
-
-    shares = []
-    for rank in range(2):
-        data.trainer = Rank(rank)
-        shares.append((list(data.train_dataloader()), list(data.val_dataloader())))
-    for batches, whole in ((0, alone.train_dataloader()), (1, alone.val_dataloader())):
-        for number, expected in enumerate(whole):
-            parts = [share[batches][number]["tokens"] for share in shares if number < len(share[batches])]
-            found = sorted(torch.cat(parts).tolist())
-            assert found[-len(expected["tokens"]) :] == sorted(expected["tokens"].tolist()) or found == sorted(
-                expected["tokens"].tolist()
-            )
 
 
 class _Tokens(LightningModule):
@@ -178,6 +156,9 @@ class _Tokens(LightningModule):
         return torch.nn.functional.cross_entropy(
             self.logits.expand(batch["targets"].numel(), -1), batch["targets"].flatten()
         )
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/bytes", batch["n_bytes"].float().mean())
 
     def on_train_batch_end(self, *_):
         if self.global_step == self.stop_after:
@@ -317,6 +298,5 @@ def test_two_ranks_tokenise_once_and_share_the_rows(folder, tmp_path):
     first, second = (outcome["result"] for outcome in two_processes(work, tmp_path / "out"))
     alone = make(folder, shift_windows=False)
     rows = joined(alone.train_dataloader(), "tokens").tolist()
-    assert sorted(map(tuple, first + second))[: len(rows)] or rows
     assert set(map(tuple, first + second)) == set(map(tuple, rows))
     assert abs(len(first) + len(second) - len(rows)) <= 1
