@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from tests.support import ROOT, small_text, smooth_spectra
 from trainerkit.build import build, check
 from trainerkit.compose import choices, compose_config, config_loader
+from trainerkit.data.text_stream import write_stream
 from trainerkit.errors import UserError
 from trainerkit.plugins import AllowList
 from trainerkit.signatures import parameters
@@ -29,6 +30,7 @@ COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
 NEEDS = {
     "data/spectra": ["data.path=spectra.npy"],
     "data/text": ["data.path=text.txt", "data.context_length=32", "data.batch_size=8", "data.cache_dir=cache"],
+    "data/text_stream": ["data.path=tokens", "data.context_length=32", "data.batch_size=8"],
     "data/stdlib_text": ["data.vocab_size=300", "data.cache_dir=cache"],
 }
 
@@ -158,6 +160,11 @@ def test_data_keep_the_contract(path, tmp_path, monkeypatch):
         shutil.copytree(library / package, tmp_path / "lib" / package)
     where = sysconfig.get_path
     monkeypatch.setattr(sysconfig, "get_path", lambda name: "lib" if name == "stdlib" else where(name))
+    if path.stem == "text_stream":
+        pytest.importorskip("litdata")
+        write_stream(
+            build(compose_config(["task=mae", "data=text", *NEEDS["data/text"]]).data, "data", ALLOW), "tokens"
+        )
     check_data(lambda: build(composed(path).data, "data", ALLOW))
 
 

@@ -9,7 +9,8 @@ from trainerkit.data.text_stream import write_stream
 from trainerkit.errors import UserError
 
 pytest.importorskip("litdata")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:litdata")
+# Of Lightning, about any data set that is read in order and has a length.
+pytestmark = pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
 
 
 @pytest.fixture
@@ -64,7 +65,9 @@ def test_a_run_resumed_in_mid_epoch_goes_on_at_its_place(folder, tmp_path):
 
 
 def test_what_is_no_such_folder_is_said(folder, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: .*trainerkit\.json cannot be read .* write_stream makes such a folder"):
+    with pytest.raises(
+        UserError, match=r"nowhere: .*trainerkit\.json cannot be read .*\. write_stream makes such a folder"
+    ):
         TextStream(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="tokenizer=null: is needed for s3://bucket/tokens"):
         TextStream("s3://bucket/tokens")

@@ -47,7 +47,7 @@ def write_stream(data: TextData, folder: str, chunk_bytes: int = 1 << 26) -> Non
     if target.exists() and any(target.iterdir()):
         raise UserError(f"folder={folder}: is not empty; give a new one.")
     if data.tokenizer.token_bytes is None:
-        raise UserError("tokenizer: leaves characters out, and a stream has no room for what its tokens spell; take another.")
+        raise UserError("tokenizer: leaves characters out, and a stream has no room for what its tokens spell.")
     for number, split in enumerate(SPLITS):
         stream = data.corpus.stream(number)
         if len(stream) == 0:
@@ -163,7 +163,7 @@ def _tokenizer(path: str, given: str | None) -> Tokenizer:
         content, end = settings["tokenizer"], settings["end_of_text"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"path={path}: {file} cannot be read ({error}); trainerkit.data.text_stream.write_stream makes such a folder."
+            f"path={path}: {file} cannot be read ({error}). write_stream makes such a folder: docs/your_text.md"
         ) from error
     tokenizer = from_content(content, str(file))
     if tokenizer.end_of_text != end:
