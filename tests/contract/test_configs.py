@@ -1,15 +1,19 @@
 """The same checks on every YAML there is; what the glob found is counted against the files."""
 
 import re
+import shutil
+import sysconfig
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.support import ROOT, smooth_spectra
+from tests.support import ROOT, small_text, smooth_spectra
 from trainerkit.build import build, check
 from trainerkit.compose import choices, compose_config, config_loader
+from trainerkit.data.text_stream import write_stream
 from trainerkit.errors import UserError
 from trainerkit.optim import make_optimizer, make_scheduler
 from trainerkit.plugins import AllowList
@@ -27,7 +31,12 @@ COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
 # The task that an experiment is of, if it is not mae.
 OF = {"tisslm_document": "lm"}
 # What a choice needs before it can be composed or built.
-NEEDS = {"data/spectra": ["data.path=spectra.npy"]}
+NEEDS = {
+    "data/spectra": ["data.path=spectra.npy"],
+    "data/text": ["data.path=text.txt", "data.context_length=32", "data.batch_size=8", "data.cache_dir=cache"],
+    "data/text_stream": ["data.path=tokens", "data.context_length=32", "data.batch_size=8"],
+    "data/stdlib_text": ["data.vocab_size=300", "data.cache_dir=cache"],
+}
 
 
 def name(path):
@@ -146,6 +155,18 @@ def test_data_keep_the_contract(path, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     np.save("spectra.npy", smooth_spectra())
+    small_text(tmp_path / "text.txt")
+    # Of the standard library a part: all of it takes seconds to tokenise.
+    library = Path(sysconfig.get_path("stdlib"))
+    for package in ("asyncio", "email", "json", "http"):
+        shutil.copytree(library / package, tmp_path / "lib" / package)
+    where = sysconfig.get_path
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "lib" if name == "stdlib" else where(name))
+    if path.stem == "text_stream":
+        pytest.importorskip("litdata")
+        write_stream(
+            build(compose_config(["task=mae", "data=text", *NEEDS["data/text"]]).data, "data", ALLOW), "tokens"
+        )
     check_data(lambda: build(composed(path).data, "data", ALLOW))
 
 

@@ -15,11 +15,11 @@ SplitBy = Literal["auto", "files", "within"]
 SPLITS = ("train", "val", "test")
 
 # What is taken from a folder; a file that is named itself, or by a pattern, may be called anything.
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .jsonl .ndjson .html .xml .csv .tsv .log .srt "
-    ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .hs .ml .swift "
-    ".sh .sql .css .toml .yaml .yml .ini .cfg".split()
+_TEXT = (
+    ".txt .text .md .rst .tex .jsonl .ndjson .html .xml .csv .tsv .log .srt .css .toml .yaml .yml .ini .cfg .sql .sh"
 )
+_CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .hs .ml"
+TEXT_SUFFIXES = frozenset(f"{_TEXT} {_CODE}".split())
 _JSONL = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
 _FEW_FILES = 20
