@@ -106,9 +106,12 @@ def test_every_python_block_runs(page, folder, monkeypatch):
 
 
 COMMAND_PAGES = [page for page in PAGES if commands(page) and page.name != "your_task.md"]
+SLOW_PAGES = ("scaling.md",)  # several processes for each command
 
 
-@pytest.mark.parametrize("page", COMMAND_PAGES, ids=ident)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.slow] * (p.name in SLOW_PAGES), id=ident(p)) for p in COMMAND_PAGES]
+)
 def test_every_command_runs(page, folder, monkeypatch):
     """In this process: what a process of its own does is tested in test_cli.py."""
     from trainerkit.cli import main
@@ -118,6 +121,9 @@ def test_every_command_runs(page, folder, monkeypatch):
     for line in commands(page):
         words = shlex.split(shortened(line))
         assert words[:3] == ["python", "-m", "trainerkit"], line
+        if any(word.startswith("trainer.devices=") for word in words):  # whose processes would run pytest again
+            run(shortened(line), folder)
+            continue
         with monkeypatch.context() as context, contextlib.redirect_stdout(io.StringIO()):
             context.setattr(sys, "argv", words[2:])
             main(words[3:])

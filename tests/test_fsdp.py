@@ -1,6 +1,12 @@
 """`trainer=fsdp`: parameters in pieces, in two real processes on gloo, beside one process with the double batch."""
 
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -11,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.support import toy_trainer, two_processes
+from tests.support import SMALL_MAE, toy_trainer, trainerkit, two_processes
 from trainerkit.callbacks import (
     EMA,
     BestWeights,
@@ -320,3 +326,78 @@ def test_gradients_are_added_up_in_float32_and_bf16_mixed_gathers_half_the_bytes
 
 def test_it_is_the_strategy_that_lightning_knows():
     assert issubclass(FSDP2, ModelParallelStrategy)
+
+
+ON_THE_CPU = [
+    "data.path=spectra.npy",
+    "trainer=fsdp",
+    "trainer.accelerator=cpu",
+    "callbacks.reconstruction_report=null",
+]
+COMMAND = [*(word for word in SMALL_MAE if word != "trainer=cpu"), *ON_THE_CPU]
+
+
+def test_the_command_line_trains_with_every_default_callback_and_leaves_whole_weights(spectra_file):
+    folder = spectra_file.parent
+    answer = trainerkit(*COMMAND, "trainer.devices=2", "trainer.max_epochs=1", "out_dir=run", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert results["finished"]
+    assert set(results["metrics"]) == {"train/loss", "val/loss", "test/loss", "test/mse"}
+    assert len(json.loads((folder / "run" / "training_history.json").read_text())) == 1
+    assert {path.name[:4] for path in (folder / "run/checkpoints/step-00000005.ckpt").iterdir()} >= {"__0_", "__1_"}
+    tested = trainerkit(
+        *SMALL_MAE, "data.path=spectra.npy", "callbacks.reconstruction_report=null", "stage=test",
+        "resume=run/best_model.safetensors", "out_dir=tested", cwd=folder,
+    )  # fmt: skip
+    assert f"test/loss  {results['metrics']['test/loss']:.5g}" in tested.stdout, tested.stderr
+
+
+def killed_at(step, folder, *command):
+    """Run, and SIGKILL every process once the checkpoint of this step is whole."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainerkit", *command], cwd=folder, start_new_session=True, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    whole = folder / "run" / "checkpoints" / f"step-{step:08d}.json"
+    while process.poll() is None and not whole.exists():
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended first"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 3])
+def test_killed_it_goes_on_with_as_many_processes_to_the_bit_and_with_more_to_its_end(devices, spectra_file):
+    folder = spectra_file.parent
+    command = [*COMMAND, "callbacks.crash_safe_checkpoint.save_every=3", "trainer.gradient_clip_val=0.5"]
+    killed_at(6, folder, *command, "trainer.devices=2", "out_dir=run")
+    answer = trainerkit(*command, f"trainer.devices={devices}", "out_dir=run", cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads((folder / "run" / "results.json").read_text())["finished"]
+    if devices == 3:
+        assert "the checkpoint is of 2 processes and this run has 3" in answer.stderr
+        return
+    assert trainerkit(*command, "trainer.devices=2", "out_dir=whole", cwd=folder).returncode == 0
+    ended, expected = (load_file(folder / name / "best_model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(ended[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_is_answered_in_one_sentence(spectra_file):
+    folder = spectra_file.parent
+    refused = {
+        "trainer.devices=1": "trainerkit: trainer.devices=1: trainer=fsdp shares parameters out over devices",
+        "trainer.precision=16-mixed": "precision=16-mixed: must be one of 32-true, bf16-mixed, bf16-true",
+        "callbacks=[default,parameter_norm_clip]": "ParameterNormClip does not work on sharded parameters; use DDP",
+    }
+    for option, sentence in refused.items():
+        answer = trainerkit(*COMMAND, "trainer.devices=2", option, "out_dir=run", cwd=folder)
+        assert answer.returncode != 0
+        assert sentence in answer.stderr
+        assert "Traceback" not in answer.stderr
+    assert trainerkit(*COMMAND, "trainer.devices=2", "trainer.max_epochs=1", "out_dir=run", cwd=folder).returncode == 0
+    alone = trainerkit(*SMALL_MAE, "data.path=spectra.npy", "trainer.max_epochs=2", "out_dir=run", cwd=folder)
+    assert "is a checkpoint in pieces, which needs trainer=fsdp" in alone.stderr

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from trainerkit.extras import require
+from trainerkit.fsdp import is_cut
 from trainerkit.tasks.mae import pictures
 from trainerkit.tasks.mae.baselines import reconstruction_errors
 from trainerkit.tasks.mae.task import MaskedAutoencoderTask
@@ -60,19 +61,19 @@ class ReconstructionReport(Callback):
             require("matplotlib", "callbacks.reconstruction_report.pictures=true")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute on the first process, log on all."""
+        """Compute on the first process, or with sharded parameters on all, which that takes; log on all."""
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, HasRows) or not isinstance(pl_module, MaskedAutoencoderTask):
             return
         figures: dict[str, float] = {}
-        if trainer.is_global_zero:
-            figures = self._report(Path(trainer.default_root_dir), pl_module, data)
+        if trainer.is_global_zero or is_cut(pl_module):
+            figures = self._report(Path(trainer.default_root_dir), pl_module, data, trainer.is_global_zero)
         figures = trainer.strategy.broadcast(figures)
         for name, value in figures.items():
             pl_module.log(f"test/{name}", value, rank_zero_only=True)
 
     @torch.inference_mode()
-    def _report(self, folder: Path, task: MaskedAutoencoderTask, data: HasRows) -> dict[str, float]:
+    def _report(self, folder: Path, task: MaskedAutoencoderTask, data: HasRows, writes: bool) -> dict[str, float]:
         train, test = data.rows("train", _MOST_TRAIN), data.rows("test", _MOST_TEST)
         network = task.network
         visible = task.fixed_visible(test["index"])
@@ -80,13 +81,15 @@ class ReconstructionReport(Callback):
         latents: dict[str, Tensor] = {}
         if "y" in test and (self.probes or self.pictures):
             latents = {"train": encode(task, train["x"]), "test": encode(task, test["x"])}
-        if latents and self.probes:
+        if latents and self.probes and writes:
             figures |= probe(latents, train, test, data.class_names)
         if self.pictures:
             # Spread over the rows: neighbours look alike.
             spread = torch.linspace(0, len(test["x"]) - 1, 3).long()
             shown = test["x"][spread], visible[spread]
             x_recon, _, seen = network(shown[0].to(task.device), shown[1].to(task.device))
+            if not writes:
+                return figures
             pictures.reconstruction(folder / "reconstruction.png", shown[0], x_recon.float().cpu(), seen.cpu())
             if latents:
                 pictures.latents(folder / "latents.png", latents["test"], test["y"], data.class_names)

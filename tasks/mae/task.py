@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.optim import AdamW
 
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
@@ -69,6 +71,11 @@ class MaskedAutoencoderTask(Task):
         """See `MaskedAutoencoder.forward`."""
         result: tuple[Tensor, Tensor, Tensor] = self.network(x, visible)
         return result
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """As every task; latents are asked for by a method beside `forward`."""
+        super().shard(mesh)
+        register_fsdp_forward_method(self.network, "encode")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Hide random patches, reconstruct, compare where hidden."""
