@@ -101,6 +101,15 @@ def test_a_files_split_depends_on_its_name_alone_and_shares_are_kept():
     assert all(after == before for before, after in zip(splits, larger, strict=True) if before)
 
 
+def test_a_tenth_is_held_out_by_the_last_digit_of_the_hash():
+    import hashlib
+
+    for name in (f"{i}.py".encode() for i in range(500)):
+        number = int(hashlib.md5(name).hexdigest(), 16)
+        assert draw_split(name, (0.1, 0.0)) == (number % 10 == 0)
+        assert draw_split(name, (0.0, 0.3)) == 2 * (number % 10 >= 7)
+
+
 def test_adding_files_moves_none_to_another_split(tmp_path):
     for i in range(25):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n")

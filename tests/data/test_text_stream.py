@@ -9,8 +9,6 @@ from trainerkit.data.text_stream import write_stream
 from trainerkit.errors import UserError
 
 pytest.importorskip("litdata")
-# Of Lightning, about any data set that is read in order and has a length.
-pytestmark = pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
 
 
 @pytest.fixture

@@ -125,18 +125,16 @@ def is_compressed(path: Path) -> bool:
 def draw_split(key: bytes, fractions: tuple[float, float]) -> int:
     """Which split a name or a document belongs to, from its hash alone: adding others moves none.
 
-    The decimal digits of the hash, the last one first, are read as a fraction: a tenth of the names is where the hash
-    is a multiple of 10.
-
     Args:
-        key: what is hashed (MD5, as a hash that every language has).
+        key: what is hashed (MD5).
         fractions: shares of validation and test.
 
     Returns:
         0 to train, 1 to validate, 2 to test.
     """
-    digits = str(int(hashlib.md5(key, usedforsecurity=False).hexdigest(), 16))
-    place = float("0." + digits[::-1])
+    number = int(hashlib.md5(key, usedforsecurity=False).hexdigest(), 16)
+    # The last decimal digit first: a share of a tenth is then `number % 10 == 0`, as others split.
+    place = int(f"{number % 10**9:09}"[::-1]) / 10**9
     if place < fractions[0]:
         return 1
     return 2 if place >= 1 - fractions[1] else 0

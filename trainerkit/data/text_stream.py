@@ -27,7 +27,7 @@ from trainerkit.extras import require
 from trainerkit.files import write_json
 
 _SETTINGS = "trainerkit.json"
-_TOKENS_AT_ONCE = 1 << 20
+_TOKENS_AT_ONCE = 1 << 16
 
 
 def write_stream(data: TextData, folder: str, chunk_bytes: int = 1 << 26) -> None:
@@ -53,10 +53,13 @@ def write_stream(data: TextData, folder: str, chunk_bytes: int = 1 << 26) -> Non
         if len(stream) == 0:
             continue
         (target / split).mkdir(parents=True)
-        loader = litdata.TokensLoader(block_size=data.context_length + 1)
+        block = data.context_length + 1
+        # Items of whole blocks, several to a chunk: what is left of a block at a chunk's end would not be read.
+        at_once = max(1, min(_TOKENS_AT_ONCE, chunk_bytes // 16) // block) * block
+        loader = litdata.TokensLoader(block_size=block)
         writer = cache.Cache(str(target / split), chunk_bytes=chunk_bytes, item_loader=loader)
-        for item, start in enumerate(range(0, len(stream), _TOKENS_AT_ONCE)):
-            tokens = stream.read(start, min(_TOKENS_AT_ONCE, len(stream) - start))
+        for item, start in enumerate(range(0, len(stream), at_once)):
+            tokens = stream.read(start, min(at_once, len(stream) - start))
             writer[item] = torch.from_numpy(tokens).int()
         writer.done()
         writer.merge()
@@ -137,7 +140,11 @@ class TextStream(LightningDataModule):
             **self._cache,
         )
         return litdata.StreamingDataLoader(
-            rows, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=_Batches(self.tokenizer)
+            rows,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_Batches(self.tokenizer),
+            generator=torch.Generator().manual_seed(self.seed),  # or it draws from the global state
         )
 
 
