@@ -33,7 +33,7 @@ def same(a, b):
 
 def finished(cache):
     """Each finished part's file and when it was written."""
-    return {path.name: path.stat().st_mtime_ns for path in cache.rglob("0*.json")}
+    return {path.name: path.stat().st_mtime_ns for path in cache.glob("text/*/0*.json")}
 
 
 def start(path, cache, workers=1):
