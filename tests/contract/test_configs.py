@@ -29,7 +29,7 @@ ALLOW = AllowList()
 # Choices that name no target of their own, or belong beside another choice.
 COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
 # The task that an experiment is of, if it is not mae.
-OF = {"tisslm_document": "lm"}
+OF = dict.fromkeys(("tisslm_document", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "lm_gpu"), "lm")
 # What a choice needs before it can be composed or built.
 NEEDS = {
     "data/spectra": ["data.path=spectra.npy"],
