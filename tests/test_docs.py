@@ -5,8 +5,10 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,11 @@ SHORT = [
     "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1",
     "trainer.limit_test_batches=1", "callbacks.progress_bar=null",
     "callbacks.reconstruction_report.pictures=false",
+]  # fmt: skip
+# The same for a language model.
+SMALL_LM = [
+    "task.network.n_layers=1", "task.network.d_model=24", "task.network.n_heads=3", "task.max_new_tokens=4",
+    "trainer.max_steps=2", "trainer.val_check_interval=2",
 ]  # fmt: skip
 # CI runs the first of these as they are (.ci/run); benchmarks are run by hand, and imported below; test_kill.py kills.
 BY_CI = ("pip install", ".ci/run", "pytest tests/callbacks", "ruff check", "python -m tests.benchmarks")
@@ -43,14 +50,25 @@ def environment():
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A folder with what the pages speak of: tables of 200 bands, with and without labels, and a text."""
+def folder(tmp_path, monkeypatch):
+    """A folder with what the pages speak of: tables of 200 bands, with and without labels, and a text.
+
+    Of the standard library two packages: all of it takes seconds to tokenise.
+    """
+    library, where = Path(sysconfig.get_path("stdlib")), sysconfig.get_path
+    for package in ("asyncio", "email"):
+        shutil.copytree(library / package, tmp_path / "lib" / package)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: f"{tmp_path}/lib" if name == "stdlib" else where(name))
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/cache")
     table = smooth_spectra(rows=120, bands=200)
     np.save(tmp_path / "mine.npy", table)
     header = ",".join([*(f"b{i}" for i in range(200)), "kind"])
     rows = [",".join([*(f"{v:.5f}" for v in row), "oat" if i % 2 else "rye"]) for i, row in enumerate(table)]
     (tmp_path / "mine.csv").write_text("\n".join([header, *rows]))
     small_text(tmp_path / "mine.txt")
+    small_text(tmp_path / "books" / "one.md")
+    small_text(tmp_path / "more.txt", seed=6)
+    (tmp_path / "prompts.txt").write_text("def \nclass \n")
     return tmp_path
 
 
@@ -69,6 +87,8 @@ def shortened(line):
     short = [*SHORT, "callbacks.reconstruction_report.probes=false"]
     if "task=mae" not in words:
         short = [option for option in short if "callbacks" not in option]
+    if "task=lm" in words:
+        short = [option for option in short if "epochs" not in option] + SMALL_LM
     chosen = {word.partition("=")[0] for word in words}
     extra = [option for option in short if option.partition("=")[0] not in chosen]
     return f"{line} {' '.join(extra)}"
@@ -195,28 +215,30 @@ def shown_as(value):
     return {"True": "true", "False": "false", "None": "null"}.get(text, text)
 
 
-def test_the_table_of_documented_keys_is_what_the_configs_say():
-    """docs/tasks/mae.md, 'The documented keys': each key's value in both columns, from the composed config."""
+@pytest.mark.parametrize(
+    ("task", "experiment", "number"), [("mae", "chemomae_document", 31), ("lm", "tisslm_document", 12)]
+)
+def test_the_table_of_documented_keys_is_what_the_configs_say(task, experiment, number):
+    """'The documented keys' of a task's page: each key's value in both columns, from the composed config."""
     OmegaConf.register_new_resolver("data_module", lambda key: 200, replace=True)
-    plain = compose_config(["task=mae"])
-    document = compose_config(["task=mae", "experiment=chemomae_document"])
-    text = (ROOT / "docs" / "tasks" / "mae.md").read_text(encoding="utf-8")
+    plain = compose_config([f"task={task}"])
+    document = compose_config([f"task={task}", f"experiment={experiment}"])
+    text = (ROOT / "docs" / "tasks" / f"{task}.md").read_text(encoding="utf-8")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in text.partition("## The documented keys")[2].splitlines()
         if line.startswith("|") and not line.startswith(("|---", "| documented"))
     ]
-    assert len(rows) == 31
+    assert len(rows) == number
     for documented, _, here, in_document, in_plain in rows:
         key = re.search(r"`([^`]+)`", here)[1]
         if key in ("out_dir", "trainer=auto"):
-            assert plain.out_dir.startswith("runs/mae/")
+            assert plain.out_dir.startswith(f"runs/{task}/")
             assert plain.trainer.accelerator == document.trainer.accelerator == "auto"
             continue
         for cfg, cell in ((document, in_document), (plain, in_plain)):
-            if key == "callbacks.ema":
-                assert cfg.callbacks.ema is not None
-                assert cell == "present"
+            if key.startswith("callbacks.") and key.count(".") == 1:
+                assert cell == ("present" if cfg.callbacks.get(key.partition(".")[2]) else "absent")
             elif key == "task.network.seq_len":
                 assert cell == str(cfg.data.seq_len or 200)
             else:
