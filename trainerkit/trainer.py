@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning import pytorch as pl
 
-from trainerkit.fsdp import check_precision
+from trainerkit.fsdp import FSDP2, policy
 from trainerkit.loop import FastTrainingEpochLoop, NoProfiler
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -46,7 +46,11 @@ class Trainer(pl.Trainer):
         if clip is not None and clip < 0:
             raise ValueError(f"gradient_clip_val={clip}: must be 0 or more, or null not to clip")
         self.compiler = _compiler(compile)
-        check_precision(kwargs.get("strategy"), kwargs.get("precision"))
+        if isinstance(kwargs.get("strategy"), FSDP2):
+            policy(str(kwargs.get("precision") or "32-true"))  # refuses in plainer words than Lightning
+            # The memory that FSDP2 gathers into in an evaluation serves training too, which has no use for
+            # inference tensors; Lightning knows that of its first FSDP strategy only.
+            kwargs["inference_mode"] = False
         if enable_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
