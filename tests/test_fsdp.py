@@ -164,7 +164,7 @@ def single(tmp_path_factory):
     return fit(tmp_path_factory.mktemp("single"), test=True)
 
 
-@pytest.fixture(scope="module", params=["folder", "one_file"])
+@pytest.fixture(scope="module", params=["folder", pytest.param("one_file", marks=pytest.mark.slow)])
 def sharded(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return folder, request.param == "one_file", in_pieces(folder, request.param == "one_file", test=True)
@@ -225,7 +225,13 @@ def test_accumulated_gradients_equal_the_larger_batch(single, tmp_path):
     assert furthest(outcome["result"]["weights"], single["weights"]) < 1e-5
 
 
-@pytest.mark.parametrize(("precision", "kept"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "kept"),
+    [
+        ("bf16-mixed", torch.float32),
+        pytest.param("bf16-true", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_is_near_float32_and_weights_keep_their_type(precision, kept, single, tmp_path):
     result = in_pieces(tmp_path, precision=precision)
     near = pytest.approx(single["curve"], rel=0.1)
