@@ -106,6 +106,16 @@ def smooth_spectra(rows: int = 400, bands: int = 40, seed: int = 5):
     return (generator.normal(size=(rows, 3)) @ curves + 0.05 * generator.normal(size=(rows, bands))).astype("float32")
 
 
+def small_text(path: Path, words: int = 4000, seed: int = 5) -> str:
+    """Lines of words of more than ASCII, the same for the same seed; written to `path` and given back."""
+    known = ["der", "ein", "wort", "größe", "naïve", "日本", "🙂", "tokens", "of", "text", "and", "x=1"]
+    drawn = np.random.default_rng(seed).choice(known, size=(words // 10, 10))
+    text = "".join(" ".join(line) + "\n" for line in drawn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    return text
+
+
 def trainerkit(*arguments: str, cwd: Path, timeout: float = 180, env: dict[str, str] | None = None):
     """Run `python -m trainerkit` in a real process; gives the CompletedProcess with text output."""
     return subprocess.run(

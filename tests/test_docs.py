@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from tests.support import ROOT, smooth_spectra
+from tests.support import ROOT, small_text, smooth_spectra
 from trainerkit.compose import compose_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,12 +44,13 @@ def environment():
 
 @pytest.fixture
 def folder(tmp_path):
-    """An empty folder with the tables that the pages speak of: 200 bands, with and without labels."""
+    """A folder with what the pages speak of: tables of 200 bands, with and without labels, and a text."""
     table = smooth_spectra(rows=120, bands=200)
     np.save(tmp_path / "mine.npy", table)
     header = ",".join([*(f"b{i}" for i in range(200)), "kind"])
     rows = [",".join([*(f"{v:.5f}" for v in row), "oat" if i % 2 else "rye"]) for i, row in enumerate(table)]
     (tmp_path / "mine.csv").write_text("\n".join([header, *rows]))
+    small_text(tmp_path / "mine.txt")
     return tmp_path
 
 
@@ -175,7 +176,7 @@ def test_every_benchmark_that_is_named_can_be_started():
 
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     named = re.findall(r"python -m (tests\.benchmarks\.\w+)", text)
-    assert len(named) == 8
+    assert len(named) == 10
     assert all(callable(importlib.import_module(name).main) for name in named)
 
 

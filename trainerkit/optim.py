@@ -6,7 +6,7 @@ Every schedule counts optimizer steps, and is a factor on each group's own learn
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -67,7 +67,8 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module, *, allo
     """Finish an optimizer partial: give it parameter groups, and its fused kernel where that is right.
 
     Args:
-        factory: an optimizer class, or a `functools.partial` of one; its `weight_decay` applies by `decays`.
+        factory: an optimizer class, or a `functools.partial` of one; its `weight_decay` applies by `decays`. A class
+            with a `parameter_groups(module, weight_decay)` of its own, such as `Muon`, divides the parameters itself.
         module: what to optimize.
         allow_fused: False under mixed precision: fused optimizers unscale by themselves, so gradients could not be
             clipped before the step.
@@ -79,8 +80,9 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module, *, allo
     given = dict(getattr(factory, "keywords", {}))
     known = inspect.signature(factory).parameters
     weight_decay = given.get("weight_decay", _default(known, "weight_decay"))
+    split = getattr(getattr(factory, "func", factory), "parameter_groups", parameter_groups)
     groups = (
-        parameter_groups(module, weight_decay)
+        split(module, weight_decay)
         if weight_decay is not None
         else [{"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}]
     )
@@ -121,23 +123,29 @@ def make_scheduler(
     return factory(optimizer, **extra)
 
 
-def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, min_lr_scale: float) -> float:
-    """Linear warm-up, then half a cosine down to `min_lr_scale`, with s the step, W the warm-up and T the total.
+# How a decay runs: from 1 at t = 0 to 0 at t = 1.
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "1-sqrt": lambda t: 1 - math.sqrt(t),
+}
 
-    (s+1)/W while s < W, then m + ½(1−m)(1 + cos πt) with t = min(1, (s−W)/(T−W)).
+
+def schedule_factor(
+    step: int, *, warmup_steps: int, decay_start: int, total_steps: int, min_lr_scale: float, decay: str
+) -> float:
+    """Linear warm-up, a constant, and a decay down to `min_lr_scale`.
+
+    With s the step, W the warm-up, D the start of the decay, T the total and m the minimum: (s+1)/W while s < W,
+    1 while s < D, then m + (1−m)·d(t) with t = min(1, (s−D)/(T−D)). d(t) is 1 − t for the decay 'linear',
+    ½(1 + cos πt) for 'cosine', 1 − √t for '1-sqrt'.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return min_lr_scale + 0.5 * (1 - min_lr_scale) * (1 + math.cos(math.pi * progress))
-
-
-def warmup_linear_factor(step: int, warmup_steps: int, total_steps: int, min_lr_scale: float) -> float:
-    """Linear warm-up as in `warmup_cosine_factor`, then a straight line down to `min_lr_scale`: m + (1−m)(1−t)."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return min_lr_scale + (1 - min_lr_scale) * (1 - progress)
+    if step < decay_start:
+        return 1.0
+    progress = min(1.0, (step - decay_start) / max(1, total_steps - decay_start))
+    return min_lr_scale + (1 - min_lr_scale) * _DECAYS[decay](progress)
 
 
 def warmup_cosine(
@@ -149,7 +157,7 @@ def warmup_cosine(
     warmup_steps: int | None = None,
     min_lr_scale: float = 0.0,
 ) -> LambdaLR:
-    """Warm-up and cosine decay, `warmup_cosine_factor` on every group's learning rate.
+    """Warm-up, then a cosine decay over the rest of the run: `schedule_factor` on every group's learning rate.
 
     Args:
         optimizer: what to schedule.
@@ -162,9 +170,8 @@ def warmup_cosine(
     Raises:
         ValueError: for a factor outside [0, 1], a negative warm-up, or a length that is still open.
     """
-    return _warmup(
-        warmup_cosine_factor, optimizer, total_steps, steps_per_epoch, warmup_epochs, warmup_steps, min_lr_scale
-    )
+    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_steps
+    return _schedule(optimizer, *lengths, decay_fraction=1.0, decay="cosine", min_lr_scale=min_lr_scale)
 
 
 def warmup_linear(
@@ -176,23 +183,61 @@ def warmup_linear(
     warmup_steps: int | None = None,
     min_lr_scale: float = 0.0,
 ) -> LambdaLR:
-    """Warm-up and linear decay, `warmup_linear_factor` on every group's learning rate; arguments as `warmup_cosine`."""
-    return _warmup(
-        warmup_linear_factor, optimizer, total_steps, steps_per_epoch, warmup_epochs, warmup_steps, min_lr_scale
-    )
+    """Warm-up, then a straight line down over the rest of the run; arguments as `warmup_cosine`."""
+    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_steps
+    return _schedule(optimizer, *lengths, decay_fraction=1.0, decay="linear", min_lr_scale=min_lr_scale)
 
 
-def _warmup(
-    factor: Callable[[int, int, int, float], float],
+def warmup_stable_decay(
+    optimizer: Optimizer,
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    warmup_epochs: float = 1.0,
+    warmup_steps: int | None = None,
+    decay_fraction: float = 0.2,
+    decay: Literal["linear", "cosine", "1-sqrt"] = "linear",
+    min_lr_scale: float = 0.0,
+) -> LambdaLR:
+    """Warm-up, a constant rate, and a decay over the last part of the run; other arguments as `warmup_cosine`.
+
+    Until the decay begins, the run may be made longer without training anything again. Sources: S. Hu et al.,
+    'MiniCPM', 2024 (arXiv:2404.06395); 1 − √t: A. Hägele et al., 'Scaling laws and compute-optimal training beyond
+    fixed training durations', NeurIPS 2024 (arXiv:2405.18392).
+
+    Args:
+        optimizer: what to schedule.
+        total_steps: as there.
+        steps_per_epoch: as there.
+        warmup_epochs: as there.
+        warmup_steps: as there.
+        decay_fraction: the last part of all steps, from 0 to 1, rounded to steps; it never begins within the warm-up.
+        decay: 'linear', 'cosine' or '1-sqrt'.
+        min_lr_scale: as there.
+
+    Raises:
+        ValueError: as there, for a fraction outside [0, 1], or for another decay.
+    """
+    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_steps
+    return _schedule(optimizer, *lengths, decay_fraction=decay_fraction, decay=decay, min_lr_scale=min_lr_scale)
+
+
+def _schedule(
     optimizer: Optimizer,
     total_steps: int | None,
     steps_per_epoch: int | None,
     warmup_epochs: float,
     warmup_steps: int | None,
+    *,
+    decay_fraction: float,
+    decay: str,
     min_lr_scale: float,
 ) -> LambdaLR:
-    if not 0 <= min_lr_scale <= 1:
-        raise ValueError(f"min_lr_scale={min_lr_scale}: must be from 0 to 1")
+    for name, value in (("decay_fraction", decay_fraction), ("min_lr_scale", min_lr_scale)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: must be from 0 to 1")
+    if decay not in _DECAYS:
+        raise ValueError(f"decay={decay}: must be one of {', '.join(_DECAYS)}")
     if warmup_epochs < 0:
         raise ValueError(f"warmup_epochs={warmup_epochs}: must be 0 or more")
     if warmup_steps is not None and warmup_steps < 0:
@@ -203,8 +248,9 @@ def _warmup(
         if warmup_epochs and steps_per_epoch is None:
             raise ValueError(f"warmup_epochs={warmup_epochs}: needs steps_per_epoch as well, or give warmup_steps")
         warmup_steps = int(warmup_epochs * (steps_per_epoch or 0))
-    length, warmup = total_steps, warmup_steps
-    return LambdaLR(optimizer, lambda step: factor(step, warmup, length, min_lr_scale))
+    start = max(warmup_steps, total_steps - round(decay_fraction * total_steps))
+    knots = {"warmup_steps": warmup_steps, "decay_start": start, "total_steps": total_steps}
+    return LambdaLR(optimizer, lambda step: schedule_factor(step, **knots, min_lr_scale=min_lr_scale, decay=decay))
 
 
 def _default(known: Mapping[str, inspect.Parameter], name: str) -> Any:

@@ -47,7 +47,11 @@ _KINDS = (
     "lightning.pytorch.strategies.Strategy",
     "lightning.pytorch.plugins.Precision",
 )
-_SCHEDULES = ("trainerkit.optim.warmup_cosine", "trainerkit.optim.warmup_linear")
+_SCHEDULES = (
+    "trainerkit.optim.warmup_cosine",
+    "trainerkit.optim.warmup_linear",
+    "trainerkit.optim.warmup_stable_decay",
+)
 
 
 def config_packages() -> list[str]:

@@ -55,6 +55,11 @@ def load_weights(network: "GPT", path: str | Path, adapters: Lora | None = None)
             _check_config(network, file.parent / "config.json")
         state = from_huggingface(state, tied=network.output is None)
     has_adapters = any(".lora_" in name for name in state)
+    if has_adapters and adapters is None:
+        raise UserError(
+            f"weights={path}: holds adapters besides the network's weights; give lora= as it was when they were "
+            "trained, or merge them first (trainerkit.tasks.lm.merge_lora)."
+        )
     if adapters is not None and has_adapters:
         add_lora(network, adapters)
     fill(network, state, path)

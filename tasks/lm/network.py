@@ -102,7 +102,7 @@ class GPT(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(context_length, d_model) if positions == "learned" else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
                 CausalAttention(d_model, n_heads, n_kv_heads or n_heads, bias, dropout, qk_norm),
@@ -164,7 +164,7 @@ class GPT(nn.Module):
             rotary = rotary_table(positions, self.head_dim, self.rope_base, exact)
         x = self.dropout(x)
         for number, block in enumerate(self.blocks):
-            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            if self.checkpoint_activations and self.training and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
                 x = block(x, rotary, mask, None if cache is None else cache.layers[number])

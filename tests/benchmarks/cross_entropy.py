@@ -1,7 +1,8 @@
 """Memory and time of a language model's loss: `python -m tests.benchmarks.cross_entropy`.
 
 Forward and backward of the output layer and its loss, `linear_cross_entropy` beside `F.cross_entropy(hidden @ weight.T)`,
-against the length of the sequence and the vocabulary; batches of 4, width 128, float32, two threads.
+against the length of the sequence and the vocabulary; batches of 4, width 128, float32; one thread, and its seconds on the
+processor, which other work on the machine changes little.
 
 Memory is what tensors hold at the worst moment, beyond `hidden`, `weight` and `targets`: `PeakBytes` sees every operation's
 results, and adds a storage up while it lives. What an operation takes and gives back inside itself is not in it. The
@@ -92,15 +93,16 @@ def measure(length: int, vocabulary: int, rounds: int) -> tuple[list[float], lis
     seconds: list[list[float]] = [[], []]
     for _ in range(rounds):
         for place, loss in enumerate(CONTENDERS):
-            start = time.perf_counter()
+            start = time.process_time()
             run(loss)
-            seconds[place].append(time.perf_counter() - start)
+            seconds[place].append(time.process_time() - start)
     return peaks, [statistics.median(times) for times in seconds]
 
 
 def main(rounds: int = 5) -> None:
     """Print the curve."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     print(f"\nForward and backward of output layer and loss, batches of {BATCH}, width {WIDTH}, float32")
     print(
         f"  {'vocabulary':>10} {'length':>6} {'plain':>12} {'chunked':>12} {'ratio':>7} {'plain':>10} {'chunked':>10} {'ratio':>7}"

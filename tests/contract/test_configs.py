@@ -1,16 +1,21 @@
 """The same checks on every YAML there is; what the glob found is counted against the files."""
 
 import re
+import shutil
+import sysconfig
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.support import ROOT, smooth_spectra
+from tests.support import ROOT, small_text, smooth_spectra
 from trainerkit.build import build, check
 from trainerkit.compose import choices, compose_config, config_loader
+from trainerkit.data.text_stream import write_stream
 from trainerkit.errors import UserError
+from trainerkit.optim import make_optimizer, make_scheduler
 from trainerkit.plugins import AllowList
 from trainerkit.signatures import parameters
 from trainerkit.testing import check_data, check_task
@@ -24,9 +29,14 @@ ALLOW = AllowList()
 # Choices that name no target of their own, or belong beside another choice.
 COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
 # The task that an experiment is of, if it is not mae.
-OF = {"tisslm_document": "lm"}
+OF = dict.fromkeys(("tisslm_document", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "lm_gpu"), "lm")
 # What a choice needs before it can be composed or built.
-NEEDS = {"data/spectra": ["data.path=spectra.npy"]}
+NEEDS = {
+    "data/spectra": ["data.path=spectra.npy"],
+    "data/text": ["data.path=text.txt", "data.context_length=32", "data.batch_size=8", "data.cache_dir=cache"],
+    "data/text_stream": ["data.path=tokens", "data.context_length=32", "data.batch_size=8"],
+    "data/stdlib_text": ["data.vocab_size=300", "data.cache_dir=cache"],
+}
 
 
 def name(path):
@@ -98,17 +108,16 @@ def test_optimizers_list_every_parameter_and_take_a_step(path):
     factory = build(composed(path).optimizer, "optimizer", ALLOW)
     assert isinstance(factory, partial)
     assert set(factory.keywords) == set(parameters(factory.func)) - {"params"}
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = factory([weight])
-    weight.sum().backward()
+    layer = torch.nn.Linear(3, 3)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    optimizer = make_optimizer(factory, layer)
+    layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    assert not torch.equal(weight, torch.ones(3))
+    assert not any(torch.equal(old, new) for old, new in zip(before, layer.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("path", of("scheduler"))
 def test_schedulers_list_every_parameter_and_stay_between_nothing_and_the_rate(path):
-    from trainerkit.optim import make_scheduler
-
     factory = build(composed(path).scheduler, "scheduler", ALLOW)
     assert set(factory.keywords) == set(parameters(factory.func)) - {"optimizer"}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
@@ -146,6 +155,18 @@ def test_data_keep_the_contract(path, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     np.save("spectra.npy", smooth_spectra())
+    small_text(tmp_path / "text.txt")
+    # Of the standard library a part: all of it takes seconds to tokenise.
+    library = Path(sysconfig.get_path("stdlib"))
+    for package in ("asyncio", "email", "json", "http"):
+        shutil.copytree(library / package, tmp_path / "lib" / package)
+    where = sysconfig.get_path
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "lib" if name == "stdlib" else where(name))
+    if path.stem == "text_stream":
+        pytest.importorskip("litdata")
+        write_stream(
+            build(compose_config(["task=mae", "data=text", *NEEDS["data/text"]]).data, "data", ALLOW), "tokens"
+        )
     check_data(lambda: build(composed(path).data, "data", ALLOW))
 
 

@@ -160,6 +160,17 @@ def test_the_nll_is_the_likelihood_alone_whatever_the_loss():
     assert abs(float(loss.detach() - nll)) > 0.01
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_values_are_the_same_and_nothing_is_kept(off):
+    hidden, weight, targets = inputs()
+    expected = linear_cross_entropy(hidden, weight, targets, chunk_size=4, **EVERYTHING)
+    with off(), PeakBytes() as memory:
+        found = linear_cross_entropy(hidden, weight, targets, chunk_size=4, **EVERYTHING)
+        assert memory.now < hidden.nbytes + weight.nbytes
+    close(found, [value.detach() for value in expected])
+    assert not found[0].requires_grad
+
+
 @pytest.mark.parametrize("rows", [0, 5])
 def test_nothing_that_counts_gives_zero_and_gradients_of_zeros(rows):
     hidden, weight, targets = inputs(rows, ignored=rows)
@@ -203,7 +214,7 @@ class Tied(nn.Module):
     def forward(self, tokens, targets):
         hidden = self.layer(self.embedding(tokens))
         if self.linear:
-            return linear_cross_entropy(hidden, self.embedding.weight, targets, chunk_size=5)[0]
+            return linear_cross_entropy(hidden, self.embedding.weight, targets, chunk_size=10)[0]
         return F.cross_entropy((hidden @ self.embedding.weight.T).float(), targets)
 
 

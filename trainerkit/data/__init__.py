@@ -6,8 +6,9 @@ from trainerkit.data.seeded import SeededSamples
 from trainerkit.data.spectra import SpectraData, snv
 from trainerkit.data.stdlib_text import StdlibText
 from trainerkit.data.text import TextData
+from trainerkit.data.text_stream import TextStream
 
 __all__ = [
-    "ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SeededSamples", "SpectraData", "StdlibText", "TextData",
-    "snv",
+    "ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SeededSamples", "SpectraData", "StdlibText",
+    "TextData", "TextStream", "snv",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Tokenise a text: what is missing of it, in this process or in several, one run at a time.
 
-Processes are started anew, with jobs on their standard input: a script without `if __name__ == "__main__"` can use them,
-and they end when the one that started them does, however that ends.
+Processes are started anew, with jobs on their standard input: a script without `if __name__ == "__main__"` can use
+them, and they end when the one that started them does, however that ends.
 """
 
 import json
@@ -138,8 +138,8 @@ def _ask(process: "subprocess.Popen[str]", part: int) -> int:
         answer = ""
     if not answer:
         raise UserError(
-            f"A process that was tokenising has ended (exit code {process.wait()}), perhaps for lack of memory. What was "
-            "finished is kept: run the same command again, with a smaller tokenize_workers."
+            f"A process that was tokenising has ended (exit code {process.wait()}), perhaps for lack of memory. What "
+            "was finished is kept: run the same command again, with a smaller tokenize_workers."
         )
     error = json.loads(answer)["error"]
     if error is not None:

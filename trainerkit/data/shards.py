@@ -1,13 +1,13 @@
 """Tokens of a text in files that are read through memory maps, written once.
 
-A folder holds one text tokenised by one tokenizer. The work is cut into parts; each has a file of tokens for each split,
-and then a small file that says that the part is whole. A killed process loses the part it was at, no more.
+A folder holds one text tokenised by one tokenizer. The work is cut into parts; each has a file of tokens for each
+split, and then a small file that says that the part is whole. A killed process loses the part it was at, no more.
 
     plan.json                         sources, parts and settings
     tokenizer.json                    where the tokenizer is not bytes
     000000.train.bin  …val  …test     uint16, or uint32 for a vocabulary above 65,536
     000000.train.bytes …              uint32, bytes that each token spells, where the tokenizer's table cannot say it
-    000000.json                       that the part is whole: {"tokens": …, "bytes": …, "documents": …} for each split
+    000000.json                       that the part is whole: tokens, bytes and documents for each split
 """
 
 import json

@@ -1,6 +1,7 @@
 """The interpreter's own standard library as text: `data=stdlib_text`, nothing is fetched.
 
-734 files of Python without tests, 12.1 MB, in 3.11.7; another version of Python has others. Licence: PSF.
+734 files of Python without tests, 12.1 MB, in 3.11.7, of which 66 files with 0.70 MB are held out. Another version of
+Python has others. Licence: PSF.
 """
 
 import sysconfig

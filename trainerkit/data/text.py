@@ -5,7 +5,6 @@ memory maps. A row is a window of `context_length` tokens over documents that fo
 <end of text> document …`.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 
-from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches
+from trainerkit.data.loader import BatchLoader, EpochBatches
+from trainerkit.data.prompts import prompt_rows, read_prompts
 from trainerkit.data.text_cache import Corpus, default_cache_dir, tokenized
 from trainerkit.data.text_files import SPLITS, Source, SplitBy, find_sources
 from trainerkit.data.tokenizers import ByteTokenizer, Tokenizer, from_content, load_tokenizer
@@ -192,6 +192,7 @@ class TextData(LightningDataModule):
             slack=slack,
             shuffle=True,
             seed=self.seed,
+            even=True,
             **self._world(),
         )
         return self._loader(Windows(stream, self.context_length, self.context_length, self._separate), batches)
@@ -206,16 +207,14 @@ class TextData(LightningDataModule):
 
     def predict_dataloader(self) -> BatchLoader:
         """The prompts."""
-        end = self.tokenizer.end_of_text
-        prompts = [[end, *self.tokenizer.encode(text)] for text in self._prompts()]
+        texts = [self._prompt or ""] if self._prompt_file is None else read_prompts(self._prompt_file, self._field)
+        prompts = [[self.tokenizer.end_of_text, *self.tokenizer.encode(text)] for text in texts]
         longest = max(map(len, prompts))
         if longest > self.context_length:
             where = f"prompt_file={self._prompt_file}" if self._prompt_file else "prompt"
-            raise UserError(
-                f"{where}: {longest} tokens with the end of text; allowed are context_length={self.context_length}."
-            )
-        padded = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts])
-        dataset = ArrayDataset({"prompt": padded, "length": torch.tensor([len(prompt) for prompt in prompts])})
+            allowed = f"allowed are context_length={self.context_length}"
+            raise UserError(f"{where}: {longest} tokens, the end of text among them; {allowed}.")
+        dataset = prompt_rows(prompts, self.tokenizer.end_of_text)
         batches = EpochBatches(len(dataset), self.batch_size, shuffle=False, even=False, **self._world())
         return BatchLoader(dataset, batches)
 
@@ -235,13 +234,13 @@ class TextData(LightningDataModule):
             return
         if self.tokenizer.content != state_dict["tokenizer"]:
             raise UserError(
-                f"tokenizer={self._tokenizer_name}: is not that of the checkpoint, so that its tokens mean something else. "
-                "Give the same text and the same tokenizer; or the checkpoint's tokenizer.json by data.tokenizer=…"
+                f"tokenizer={self._tokenizer_name}: is not that of the checkpoint, so that its tokens mean something "
+                "else. Give the same text and tokenizer, or the tokenizer.json that it was trained with."
             )
         if doing == "fit" and state_dict["text"] not in (None, self.corpus.key):
             raise UserError(
-                f"path={', '.join(self.paths)}: the text, or how it is split, has changed since the checkpoint was written. "
-                "Bring it back to resume; or train on the new text in another out_dir, from the exported weights."
+                f"path={', '.join(self.paths)}: the text, or how it is split, has changed since the checkpoint was "
+                "written. Bring it back to resume; or train on the new text in another out_dir."
             )
 
     def _checked_size(self, given: int | None) -> int:
@@ -256,31 +255,6 @@ class TextData(LightningDataModule):
                 "tokenizer=bpe to have one learnt"
             )
         return self._tokenizer.vocab_size
-
-    def _prompts(self) -> list[str]:
-        if self._prompt_file is None:
-            return [self._prompt or ""]
-        path = Path(self._prompt_file).expanduser()
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt_file={path}: cannot be read ({error}).") from error
-        if path.suffix == ".jsonl":
-            lines = [self._prompt_of(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
-        if not lines:
-            raise UserError(f"prompt_file={path}: is empty; needed is a prompt a line.")
-        return lines
-
-    def _prompt_of(self, line: str, number: int, path: Path) -> str:
-        try:
-            prompt = json.loads(line)[self._field]
-        except (ValueError, KeyError, TypeError, IndexError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise UserError(
-                f"prompt_file={path}: line {number} is no object of JSON with text in the field {self._field!r}."
-            )
-        return prompt
 
     def _world(self) -> dict[str, int]:
         trainer = self.trainer

@@ -15,11 +15,11 @@ SplitBy = Literal["auto", "files", "within"]
 SPLITS = ("train", "val", "test")
 
 # What is taken from a folder; a file that is named itself, or by a pattern, may be called anything.
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .jsonl .ndjson .html .xml .csv .tsv .log .srt "
-    ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .hs .ml .swift "
-    ".sh .sql .css .toml .yaml .yml .ini .cfg".split()
+_TEXT = (
+    ".txt .text .md .rst .tex .jsonl .ndjson .html .xml .csv .tsv .log .srt .css .toml .yaml .yml .ini .cfg .sql .sh"
 )
+_CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .jsx .ts .tsx .rb .php .pl .lua .r .jl .hs .ml"
+TEXT_SUFFIXES = frozenset(f"{_TEXT} {_CODE}".split())
 _JSONL = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
 _FEW_FILES = 20
@@ -126,13 +126,15 @@ def draw_split(key: bytes, fractions: tuple[float, float]) -> int:
     """Which split a name or a document belongs to, from its hash alone: adding others moves none.
 
     Args:
-        key: what is hashed (BLAKE2b).
+        key: what is hashed (MD5).
         fractions: shares of validation and test.
 
     Returns:
         0 to train, 1 to validate, 2 to test.
     """
-    place = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
+    number = int(hashlib.md5(key, usedforsecurity=False).hexdigest(), 16)
+    # The last decimal digit first: a share of a tenth is then `number % 10 == 0`, as others split.
+    place = int(f"{number % 10**9:09}"[::-1]) / 10**9
     if place < fractions[0]:
         return 1
     return 2 if place >= 1 - fractions[1] else 0

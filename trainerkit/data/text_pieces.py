@@ -1,7 +1,7 @@
 """What text files contain, piece by piece: the work in parts, and the reading of a part.
 
-A .txt file, or any other text, is one document. A .jsonl file has one a line. Either may be compressed (.gz, .zst); it is
-decompressed as a stream. Bytes are never changed: what the pieces spell is what the files hold.
+A .txt file, or any other text, is one document. A .jsonl file has one a line. Either may be compressed (.gz, .zst), and
+is decompressed as a stream. Bytes are never changed: what the pieces spell is what the files hold.
 """
 
 import gzip
@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def read_segment(segment: Segment, source: Source, fractions: tuple[float, float
             yield Piece(split, position == 0, _decoded(data, position, path))
     else:
         edges = _edges(path, fractions)
-        for split, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+        for split, (start, stop) in enumerate(pairwise(edges)):
             first, last = max(start, segment.start), min(stop, segment.stop or stop)
             for position, data in _pieces(path, first, last) if first < last else ():
                 yield Piece(split, position == start, _decoded(data, position, path))

@@ -1,7 +1,7 @@
 """Text as numbers: bytes, or the tokens of a tokenizer.json of the library `tokenizers` (extra `text`).
 
-Whatever the tokenizer, each token is held to spell a number of bytes of the text, and these sum to the bytes of the text:
-bits per byte are then comparable between tokenizers.
+Whatever the tokenizer, each token is said to spell a number of bytes, and these sum to the bytes of the text: bits per
+byte are then comparable between tokenizers.
 
 Source of byte-level BPE: A. Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
 """
@@ -27,23 +27,23 @@ Encoded = tuple[NDArray[np.int64], NDArray[np.int64] | None]
 
 
 class Tokenizer(Protocol):
-    """What a text data module asks of a tokenizer.
-
-    Attributes:
-        vocab_size: how many different tokens there are.
-        end_of_text: the token that separates documents; it spells nothing.
-        token_bytes: how many bytes each token spells, (vocab_size,) int64; None if that depends on the place.
-        content: what it can be made from again, see `from_content`.
-    """
+    """What a text data module asks of a tokenizer."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """How many different tokens there are."""
+
     @property
-    def end_of_text(self) -> int: ...
+    def end_of_text(self) -> int:
+        """The token that separates documents; it spells nothing."""
+
     @property
-    def token_bytes(self) -> NDArray[np.int64] | None: ...
+    def token_bytes(self) -> NDArray[np.int64] | None:
+        """How many bytes each token spells, (vocab_size,); None if that depends on the place."""
+
     @property
-    def content(self) -> str: ...
+    def content(self) -> str:
+        """What it can be made from again, see `from_content`."""
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without an end of text."""
@@ -87,7 +87,7 @@ class JsonTokenizer:
     Args:
         content: the file's text.
         name: of the file, for messages.
-        end_of_text: name of the token that separates documents; None looks for a usual one (`<|endoftext|>`, `</s>`, …).
+        end_of_text: name of the token that separates documents; None looks for a usual one, as `<|endoftext|>`.
 
     Special tokens that a text happens to spell are read as plain text.
 
@@ -110,8 +110,8 @@ class JsonTokenizer:
         if not ends or ends[0] not in vocabulary:
             special = [token["content"] for token in json.loads(content).get("added_tokens", [])]
             raise UserError(
-                f"end_of_text={end_of_text if end_of_text is not None else 'null'}: {name} has no such token; name the one "
-                f"that separates documents, one of {', '.join(special[:10]) or 'its vocabulary'}"
+                f"end_of_text={end_of_text if end_of_text is not None else 'null'}: {name} has no such token; name the "
+                f"one that separates documents, one of {', '.join(special[:10]) or 'its vocabulary'}."
             )
         self._tokenizer = tokenizer
         self.content = content
@@ -145,8 +145,8 @@ class JsonTokenizer:
 def bytes_between(text: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Give every byte of a text to one token.
 
-    What lies between two tokens goes to the second (the blanks that a tokenizer leaves out), what follows the last one to
-    the last. Of tokens that share a character the first has its bytes.
+    What lies between two tokens goes to the second (the blanks that a tokenizer leaves out), what follows the last one
+    to the last. Of tokens that share a character the first has its bytes.
 
     Args:
         text: of n characters.
@@ -223,8 +223,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     reached = tokenizer.get_vocab_size()
     if reached < vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size}: the training text gives BPE no more than {reached} tokens; take {reached} or fewer, "
-            "or more text"
+            f"vocab_size={vocab_size}: the training text gives BPE no more than {reached} tokens; take {reached} or "
+            "fewer, or more text"
         )
     content: str = tokenizer.to_str()
     return content
@@ -266,7 +266,7 @@ def _is_lossless(content: Any) -> bool:
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary: itself where it is printable, else one from 256 on."""
+    """The letter that stands for each byte in a byte-level vocabulary: its own, or one from 256 on if it has none."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(_ALPHABET, 2 * _ALPHABET))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(_ALPHABET)]

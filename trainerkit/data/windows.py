@@ -1,7 +1,7 @@
 """Rows of equal length from a stream of tokens, for next-token prediction.
 
-Each token of the stream has a target: the one that follows, and the end of text after the last. A document begins with an
-end of text and ends with that of the next one, so that documents that are kept apart have no target across a boundary.
+Each token of the stream has a target: the one that follows, and the end of text after the last. A document begins with
+an end of text and ends with that of the next one, so that documents kept apart have no target across a boundary.
 
 Shapes: B rows, T tokens a row.
 """

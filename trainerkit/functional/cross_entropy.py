@@ -2,8 +2,8 @@
 
 The logits of N positions over V tokens are N·V numbers, and autograd keeps them, their logarithms of probabilities and
 their gradients. Here a chunk of rows at a time goes through projection, loss and gradient, in the forward pass: what is
-left of a chunk is its part of the gradients of `hidden` and `weight`. The backward pass multiplies these by the gradient
-of the loss. That takes the three matrix products of the plain way; to compute chunks again in backward takes four.
+left of a chunk is its part of the gradients of `hidden` and `weight`. Backward multiplies these by the gradient of the
+loss. That takes the three matrix products of the plain way; to compute chunks again in backward takes four.
 
 Loss of a row with logits z, target y and p = softmax(z), nll = −log p_y:
 
@@ -11,10 +11,10 @@ Loss of a row with logits z, target y and p = softmax(z), nll = −log p_y:
 
 Its gradient by z_j is a·p_j − c, and another number for j = y: three numbers a row, and nothing else of the size of z.
 
-Sources: label smoothing: C. Szegedy et al., 'Rethinking the Inception architecture', CVPR 2016 (arXiv:1512.00567); focal
-loss: T.-Y. Lin et al., 'Focal loss for dense object detection', ICCV 2017 (arXiv:1708.02002); z-loss: A. Chowdhery et
-al., 'PaLM', 2022 (arXiv:2204.02311), λ = 1e-4; soft-cap: 'Gemma 2', 2024 (arXiv:2408.00118). Gradients in the forward
-pass: P.-L. Hsu et al., 'Liger kernel', 2024 (arXiv:2410.10989).
+Sources: label smoothing: C. Szegedy et al., 'Rethinking the Inception architecture', CVPR 2016 (arXiv:1512.00567);
+focal loss: T.-Y. Lin et al., 'Focal loss for dense object detection', ICCV 2017 (arXiv:1708.02002); z-loss:
+A. Chowdhery et al., 'PaLM', 2022 (arXiv:2204.02311), λ = 1e-4; soft-cap: 'Gemma 2', 2024 (arXiv:2408.00118); gradients
+in the forward pass: P.-L. Hsu et al., 'Liger kernel', 2024 (arXiv:2410.10989).
 
 N: positions, V: vocabulary, D: width.
 """
@@ -60,8 +60,8 @@ def linear_cross_entropy(
         weight: of the output layer, (V, D).
         targets: (…), int64, from 0 to V − 1 or `ignore_index`.
         ignore_index: the target of rows that do not count.
-        label_smoothing: ε, from 0 to 1. As torch's: each of the V tokens gets ε/V of the target's probability, the right
-            one besides 1 − ε.
+        label_smoothing: ε, from 0 to 1. As torch's: each of the V tokens gets ε/V of the target's probability, and the
+            right one 1 − ε besides.
         focal_gamma: γ, 0 or more; 0 is cross-entropy. With label smoothing the factor stands before the smoothed loss.
         z_loss: λ, 0 or more, which keeps the logarithm of the sum near 0.
         logit_softcap: c, makes c·tanh(z/c) of the logits; None leaves them.
@@ -110,7 +110,9 @@ def _loss(
     grad = torch.is_grad_enabled()
     wanted = (grad and hidden.requires_grad, grad and weight is not None and weight.requires_grad)
     flat = hidden.reshape(rows, hidden.shape[-1])
-    loss, nll = _ChunkedLoss.apply(flat, weight, targets.reshape(rows), options, size, wanted)
+    loss, nll = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        flat, weight, targets.reshape(rows), options, size, wanted
+    )
     return loss, nll
 
 
@@ -175,7 +177,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, number = ctx.saved_tensors  # once: activation checkpointing unpacks them once only
         scale = grad_loss / number
         found = [

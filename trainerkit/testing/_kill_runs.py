@@ -111,6 +111,9 @@ def _lm(folder: Path) -> list[str]:
         "task.network.n_heads=2",
         "task.network.dropout=0.1",
         "task.max_new_tokens=4",
+        # Measure time and memory, which no two runs have the same.
+        "callbacks.throughput=null",
+        "callbacks.memory_monitor=null",
     ]
 
 
