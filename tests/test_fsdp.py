@@ -164,7 +164,7 @@ def single(tmp_path_factory):
     return fit(tmp_path_factory.mktemp("single"), test=True)
 
 
-@pytest.fixture(scope="module", params=["folder", "one_file"])
+@pytest.fixture(scope="module", params=["folder", pytest.param("one_file", marks=pytest.mark.slow)])
 def sharded(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return folder, request.param == "one_file", in_pieces(folder, request.param == "one_file", test=True)
@@ -225,13 +225,35 @@ def test_accumulated_gradients_equal_the_larger_batch(single, tmp_path):
     assert furthest(outcome["result"]["weights"], single["weights"]) < 1e-5
 
 
-@pytest.mark.parametrize(("precision", "kept"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "kept"),
+    [
+        ("bf16-mixed", torch.float32),
+        pytest.param("bf16-true", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_is_near_float32_and_weights_keep_their_type(precision, kept, single, tmp_path):
     result = in_pieces(tmp_path, precision=precision)
     near = pytest.approx(single["curve"], rel=0.1)
     assert result["curve"] == near
     assert result["curve"] != pytest.approx(single["curve"], rel=1e-4)
     assert {tensor.dtype for tensor in load_file(tmp_path / "best_model.safetensors").values()} == {kept}
+
+
+def test_a_validation_before_the_first_step_changes_nothing(single, tmp_path):
+    """The memory into which it gathers is training's as well."""
+
+    def work(rank):
+        warnings.simplefilter("ignore")
+        trainer = toy_trainer(tmp_path, kind=Trainer, strategy=FSDP2(), devices=2, use_distributed_sampler=False)
+        task, share = Copies(), {"rank": rank, "ranks": 2}
+        trainer.validate(task, rows(24, 4, **share), verbose=False)
+        trainer.fit(task, rows(64, 4, **share), rows(24, 4, **share))
+        return {"mode": trainer.validate_loop.inference_mode, "loss": float(task.curve[0])}
+
+    outcomes = [outcome["result"] for outcome in two_processes(work, tmp_path)]
+    assert not any(outcome["mode"] for outcome in outcomes)
+    assert sum(outcome["loss"] for outcome in outcomes) / 2 == pytest.approx(single["curve"][0], abs=1e-6)
 
 
 def test_each_process_holds_half_and_each_block_is_gathered_by_itself(tmp_path):

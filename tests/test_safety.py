@@ -387,4 +387,9 @@ def test_the_resolved_config_of_a_child_process_is_held_to_the_same_list(compose
 
 
 def test_every_task_is_covered():
-    assert set(PREDICTING) == set(PREDICTED) == set(tasks()) == {path.stem for path in (ROOT / "configs" / "task").glob("*.yaml")}
+    assert (
+        set(PREDICTING)
+        == set(PREDICTED)
+        == set(tasks())
+        == {path.stem for path in (ROOT / "configs" / "task").glob("*.yaml")}
+    )

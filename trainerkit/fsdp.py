@@ -1,7 +1,7 @@
 """Parameters, gradients and optimizer state in pieces, one a process: torch's FSDP2 (`fully_shard`) under Lightning.
 
-Each process keeps a piece of every parameter, as a DTensor. A block's parameters are gathered before its forward pass and
-before its backward pass, and let go after each; gradients are reduced into pieces. What a step computes is what
+Each process keeps a piece of every parameter, as a DTensor. A block's parameters are gathered before its forward pass
+and before its backward pass, and let go after each; gradients are reduced into pieces. What a step computes is what
 DistributedDataParallel computes, in 1/N of its memory for parameters, gradients and optimizer state.
 
     python -m trainerkit task=mae trainer=fsdp
@@ -12,7 +12,6 @@ https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -111,9 +110,3 @@ def policy(precision: str) -> MixedPrecisionPolicy:
 def is_cut(module: nn.Module) -> bool:
     """Whether a module's parameters are pieces."""
     return any(hasattr(parameter, "_local_tensor") for parameter in module.parameters())
-
-
-def check_precision(strategy: Any, precision: Any) -> None:
-    """Refuse what the strategy cannot do, by `policy`'s sentence; Lightning's speaks of another class."""
-    if isinstance(strategy, FSDP2):
-        policy(str(precision or "32-true"))

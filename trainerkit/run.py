@@ -402,5 +402,6 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*treespec.*",
         ".*litlogger.*",
+        ".*It is recommended to use .*sync_dist=True.*",  # a Task's means are over all processes already
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -6,7 +6,7 @@ import torch
 from lightning import pytorch as pl
 from lightning.fabric.connector import _PRECISION_INPUT
 
-from trainerkit.fsdp import check_precision
+from trainerkit.fsdp import FSDP2, policy
 from trainerkit.loop import FastTrainingEpochLoop, NoProfiler
 
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -52,7 +52,11 @@ class Trainer(pl.Trainer):
         self.compiler = _compiler(compile)
         if precision == "auto":
             precision = "bf16-mixed" if multiplies_bfloat16(str(kwargs.get("accelerator", "auto"))) else "32-true"
-        check_precision(kwargs.get("strategy"), precision)
+        if isinstance(kwargs.get("strategy"), FSDP2):
+            policy(str(precision or "32-true"))  # refuses in plainer words than Lightning
+            # The memory that FSDP2 gathers into in an evaluation serves training too, which has no use for
+            # inference tensors; Lightning knows that of its first FSDP strategy only.
+            kwargs["inference_mode"] = False
         if enable_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True

@@ -72,7 +72,7 @@ class ReconstructionReport(Callback):
         for name, value in figures.items():
             pl_module.log(f"test/{name}", value, rank_zero_only=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _report(self, folder: Path, task: MaskedAutoencoderTask, data: HasRows, writes: bool) -> dict[str, float]:
         train, test = data.rows("train", _MOST_TRAIN), data.rows("test", _MOST_TEST)
         network = task.network

@@ -111,3 +111,17 @@ def test_impossible_arguments_are_refused():
         ArrayDataset({"a": torch.zeros(3)}, rows=torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="batch_size=0: must be 1 or more"):
         EpochBatches(3, 0, shuffle=False)
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(33, 8), (34, 8), (32, 8), (5, 2), (9, 4), (13, 3)])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_in_evaluation_all_processes_have_as_many_batches_and_each_sample_once(length, batch_size, ranks):
+    shares = [
+        EpochBatches(length, batch_size, shuffle=False, even=False, num_replicas=ranks, rank=rank)
+        for rank in range(ranks)
+    ]
+    batches = [list(share) for share in shares]
+    assert len({len(own) for own in batches}) == 1
+    assert [len(own) for own in batches] == [len(share) for share in shares]
+    assert all(0 < len(batch) <= batch_size for own in batches for batch in own)
+    assert sorted(torch.cat([batch for own in batches for batch in own]).tolist()) == list(range(length))

@@ -1,6 +1,7 @@
 """task=lm over processes and windows: what a step computes does not depend on how its batch is cut."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from tests.support import toy_trainer, two_processes
 from trainerkit.callbacks import EMA, BestWeights, CrashSafeCheckpoint, ExactResume, GradientAccumulation
 from trainerkit.fsdp import FSDP2
+from trainerkit.muon import Muon
 from trainerkit.optim import warmup_cosine
 from trainerkit.tasks.lm import GPT, LanguageModelTask
 from trainerkit.tasks.lm.task import IGNORED
@@ -43,16 +45,17 @@ def windows(rows, uneven, batch_size, rank=0, ranks=1):
     return DataLoader(parts[rank::ranks], batch_size=batch_size)
 
 
-def make_task():
+def make_task(muon=False):
     torch.manual_seed(1)
+    kind = Muon if muon else torch.optim.AdamW
     return LanguageModelTask(
         GPT(VOCABULARY, CONTEXT, n_layers=2, d_model=16, n_heads=2),
-        optimizer=lambda groups, **options: torch.optim.AdamW(groups, lr=0.01, **options),
+        optimizer=partial(kind, lr=0.01),
         scheduler=lambda optimizer, total_steps=None: warmup_cosine(optimizer, total_steps=total_steps, warmup_steps=2),
     )
 
 
-def fit(folder, batch_size, uneven=False, checkpoint=None, callbacks=(), **options):
+def fit(folder, batch_size, uneven=False, checkpoint=None, callbacks=(), muon=False, **options):
     """Train two epochs; the mean loss of each batch over the ranks, and the whole final weights."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -61,7 +64,7 @@ def fit(folder, batch_size, uneven=False, checkpoint=None, callbacks=(), **optio
     trainer = toy_trainer(
         folder, [*callbacks, losses], kind=Trainer, use_distributed_sampler=False, log_every_n_steps=1, **options
     )
-    task, share = make_task(), {"rank": trainer.global_rank, "ranks": trainer.world_size}
+    task, share = make_task(muon), {"rank": trainer.global_rank, "ranks": trainer.world_size}
     trainer.fit(
         task, windows(ROWS, uneven, batch_size, **share), windows(24, True, batch_size, **share), ckpt_path=checkpoint
     )
@@ -116,6 +119,13 @@ def test_four_accumulated_batches_equal_one_of_four_times_the_size(by, single, t
         result = fit(tmp_path, batch_size=4, callbacks=[GradientAccumulation(steps=4)])
     result["curve"] = torch.tensor(result["curve"]).view(-1, 4).sum(1).tolist()  # Lightning gives out a fourth
     assert_near(result, single)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_muon_takes_the_step_of_the_whole_matrix_in_two_processes(strategy, tmp_path):
+    whole = fit(tmp_path / "whole", batch_size=16, muon=True)
+    in_two = in_two_processes(tmp_path, strategy, batch_size=8, muon=True)
+    torch.testing.assert_close(torch.tensor(in_two["curve"]), torch.tensor(whole["curve"]), rtol=0, atol=1e-3)
 
 
 def counted(batch):

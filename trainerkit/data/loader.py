@@ -85,7 +85,8 @@ class EpochBatches(Sampler[Tensor]):
         shuffle: draw a new permutation each epoch, from (seed, epoch); False keeps the order of the rows.
         seed: of the permutations.
         even: repeat a few samples so that every process has the same number of batches, as training needs; for
-            evaluation False, where each sample counts once.
+            evaluation False, where each sample counts once, and a process with one sample less takes its last batch in
+            two if it would have one batch less: processes with sharded parameters wait for each other in each.
         num_replicas: number of processes.
         rank: of this process.
 
@@ -133,11 +134,19 @@ class EpochBatches(Sampler[Tensor]):
         start = self.start
         self._resume = (0, 0)
         mine = self._order()[self.rank :: self.num_replicas]
+        in_two = len(self) > -(-len(mine) // self.batch_size)
         for position in range(start * self.batch_size, len(mine), self.batch_size):
-            yield mine[position : position + self.batch_size]
+            batch = mine[position : position + self.batch_size]
+            if in_two and position + self.batch_size == len(mine):
+                yield from (batch[:-1], batch[-1:])
+            else:
+                yield batch
 
     def __len__(self) -> int:
-        return -(-self._share() // self.batch_size)
+        share = self._share()
+        if share > 1 and self.batch_size > 1:  # else there is nothing to take in two
+            share = -(-self.length // self.num_replicas)
+        return -(-share // self.batch_size)
 
     def _order(self) -> Tensor:
         if self.shuffle:
