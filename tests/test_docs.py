@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from omegaconf import OmegaConf
 
 from tests.support import ROOT, small_text, smooth_spectra
@@ -66,8 +68,10 @@ def folder(tmp_path, monkeypatch):
     rows = [",".join([*(f"{v:.5f}" for v in row), "oat" if i % 2 else "rye"]) for i, row in enumerate(table)]
     (tmp_path / "mine.csv").write_text("\n".join([header, *rows]))
     small_text(tmp_path / "mine.txt")
-    small_text(tmp_path / "books" / "one.md")
-    small_text(tmp_path / "more.txt", seed=6)
+    small_text(tmp_path / "books" / "one.md", words=40_000)
+    lines = small_text(tmp_path / "more.txt", seed=6).splitlines()
+    documents = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    (tmp_path / "more.jsonl.zst").write_bytes(zstandard.compress(documents.encode()))
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
     return tmp_path
 
