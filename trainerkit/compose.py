@@ -51,17 +51,16 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
 
 
 def with_text_quoted(override: str) -> str:
-    """An override of a key that holds text, quoted for Hydra, unless the user quoted it; any other as it is.
+    """An override of a key that holds text, quoted for Hydra so that it stands for itself; any other as it is.
 
     Raises:
-        UserError: for a text with `${`, which OmegaConf would take for a key's name, quoted or not.
+        UserError: for what OmegaConf takes for something else, quoted or not: a text with `${`, and `???` alone.
     """
     key, equals, text = override.partition("=")
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if key.lstrip("+") not in _TEXT_KEYS or not equals or text == "null" or quoted:
+    if key.lstrip("+") not in _TEXT_KEYS or not equals or text == "null":
         return override
-    if "${" in text:
-        raise UserError(f"{override}: ${{ means another key here; put such a text into a file, data.prompt_file=FILE.")
+    if "${" in text or text == "???":
+        raise UserError(f"{override}: this text has another meaning here; put it into a file, data.prompt_file=FILE.")
     return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
 
 

@@ -247,7 +247,8 @@ def _fit(
     if trainer.is_global_zero:
         limits = {"max_epochs": cfg.trainer.max_epochs, "max_steps": cfg.trainer.max_steps}
         whole = epochs == cfg.trainer.max_epochs or trainer.global_step == cfg.trainer.max_steps
-        reason = f"{epochs} epochs, {stopped or ('the whole length' if whole else 'cut short')}"
+        length = f"{trainer.global_step} steps" if trainer.max_steps > 0 else f"{epochs} epochs"
+        reason = f"{length}, {stopped or ('the whole length' if whole else 'cut short')}"
         finished = bool(whole or stopped)
         content = {"stopped": reason, "finished": finished, "limits": limits, "metrics": metrics}
         write_json(out_dir / "results.json", content)

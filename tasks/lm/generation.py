@@ -11,7 +11,7 @@ Shapes: B batch, P columns of the prompts, N new tokens, V vocabulary.
 import hashlib
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def generate(
     Raises:
         ValueError: for a value that is not possible.
     """
-    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
     length = _checked_length(prompt, length)
     rows, columns = prompt.shape
     uniform = _uniform(_row_seeds(seed, prompt, length), max_new_tokens).to(prompt.device)
@@ -68,7 +68,7 @@ def generate(
     start = (columns - length).clamp_min(columns - network.context_length)
     ended = torch.zeros(rows, dtype=torch.bool, device=prompt.device)
     window: _Window | None = None
-    with _evaluating(network):
+    with _evaluating(network), _uncompiled(network):
         for step in range(max_new_tokens):
             end = columns + step
             is_full = end - start > network.context_length
@@ -125,7 +125,8 @@ def sample(
         return logits.argmax(-1)
     # Apple's devices have no float64.
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    scaled = logits.to(exact) / temperature
+    # The largest is 0, so that no temperature makes it infinite.
+    scaled = (logits.to(exact) - logits.amax(-1, keepdim=True).to(exact)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         values, kept = scaled.topk(top_k)
         scaled = torch.full_like(scaled, -torch.inf).scatter(-1, kept, values)
@@ -139,7 +140,8 @@ def sample(
     total = cumulative[:, -1:]
     # Below the total in spite of rounding, so that no token of probability 0 is taken.
     place = torch.minimum(uniform[:, None].to(exact) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, place, right=True)[:, 0]
+    # Logits of NaN, as of a run that diverges, have no place; they still give a token that there is.
+    return torch.searchsorted(cumulative, place, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 def _row_seeds(seed: int | Sequence[int] | None, prompt: Tensor, length: Tensor) -> list[int]:
@@ -166,6 +168,14 @@ def _uniform(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack(rows)
 
 
+def _uncompiled(network: GPT) -> AbstractContextManager[None]:
+    """Leave compiled code alone inside: each new number of tokens would be compiled anew."""
+    if all(module._compiled_call_impl is None for module in network.modules()):
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextmanager
 def _evaluating(network: GPT) -> Iterator[None]:
     """Evaluation mode inside; afterwards each layer has the mode that it had."""
@@ -189,12 +199,13 @@ def _checked_length(prompt: Tensor, length: Tensor | None) -> Tensor:
     return length.to(prompt.device)
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise a ValueError for a value that `generate` does not take."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature}: must be 0 or more")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: must be 1 or more, or null")
+        raise ValueError(f"top_k={top_k}: must be 1 or more, or null for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: must be above 0, at most 1, or null")
+        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1, or null for all tokens")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from trainerkit.errors import UserError
@@ -54,6 +55,10 @@ def load_weights(network: "GPT", path: str | Path, adapters: Lora | None = None)
         if (file.parent / "config.json").is_file():
             _check_config(network, file.parent / "config.json")
         state = from_huggingface(state, tied=network.output is None)
+        if network.output is None and "output.weight" in state:
+            raise UserError(
+                f"weights={path}: their output layer is not the token embedding; give tie_embeddings=false."
+            )
     has_adapters = any(".lora_" in name for name in state)
     if has_adapters and adapters is None:
         raise UserError(
@@ -77,12 +82,17 @@ def from_huggingface(state: Mapping[str, Tensor], tied: bool = True) -> dict[str
 
     Args:
         state: of `GPT2LMHeadModel` or of `GPT2Model`.
-        tied: leave out the output layer, which repeats the token embedding.
+        tied: leave out an output layer that repeats the token embedding.
     """
     found = {}
+    embedding, output = (
+        next((state[name] for name in (f"transformer.{own}", own) if name in state), None)
+        for own in ("wte.weight", "lm_head.weight")
+    )
+    repeats = embedding is not None and output is not None and torch.equal(embedding, output)
     for full_name, tensor in state.items():
         name = full_name.removeprefix("transformer.")
-        if _MASK.fullmatch(name) or (tied and name == "lm_head.weight"):
+        if _MASK.fullmatch(name) or (tied and repeats and name == "lm_head.weight"):
             continue
         outside, _, kind = name.rpartition(".")
         block = _BLOCK.fullmatch(name)
@@ -120,18 +130,24 @@ def to_huggingface(network: "GPT") -> dict[str, Tensor]:
     return found
 
 
-def save_huggingface(network: "GPT", folder: str | Path) -> None:
-    """Write a folder that `transformers.GPT2LMHeadModel.from_pretrained` reads; raises as `to_huggingface`."""
+def save_huggingface(network: "GPT", folder: str | Path, end_of_text: int | None = None) -> None:
+    """Write a folder that `transformers.GPT2LMHeadModel.from_pretrained` reads; raises as `to_huggingface`.
+
+    Args:
+        network: whose weights are written.
+        folder: made if it is not there.
+        end_of_text: the token at which its `generate` begins and stops; None for none.
+    """
     from safetensors.torch import save_file
 
     weights = to_huggingface(network)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", _config(network))
+    write_json(folder / "config.json", _config(network, end_of_text))
 
 
-def _config(network: "GPT") -> dict[str, Any]:
+def _config(network: "GPT", end_of_text: int | None) -> dict[str, Any]:
     up = network.blocks[0].get_parameter("feed_forward.up.weight")
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -145,6 +161,8 @@ def _config(network: "GPT") -> dict[str, Any]:
         "activation_function": "gelu_new" if network.activation == "gelu_tanh" else "gelu",
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
     }
 
 
@@ -174,6 +192,12 @@ def _file_in(folder: Path) -> Path:
     for name in _FILES:
         if (folder / name).is_file():
             return folder / name
+    indexes = sorted(path.name for path in folder.glob("*.index.json"))
+    if indexes:
+        raise UserError(
+            f"weights={folder}: its weights are in several files ({indexes[0]}), which are not read; save them as one, "
+            "save_pretrained(FOLDER, max_shard_size='100GB')."
+        )
     raise UserError(f"weights={folder}: this folder has none of {', '.join(_FILES)}; name the file itself.")
 
 
@@ -186,6 +210,9 @@ def _check_config(network: "GPT", path: Path) -> None:
         wrong.append(f"n_heads={network.n_heads}: the weights need {config['n_head']}")
     if _ACTIVATIONS.get(given) != network.activation:
         wrong.append(f"activation={network.activation}: the weights need {_ACTIVATIONS.get(given, given)}")
+    for key, usual in {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}.items():
+        if config.get(key, usual) is not usual:
+            wrong.append(f"{key}={config[key]} in the file: this network has it {usual}")
     if config.get("layer_norm_epsilon", 1e-5) != 1e-5:
         wrong.append(f"layer_norm_epsilon={config['layer_norm_epsilon']} in the file: this network's is 1e-05")
     if wrong:

@@ -6,8 +6,8 @@ the package `peft`.
 Source: E. Hu et al., 'LoRA: Low-rank adaptation of large language models', 2021, arXiv:2106.09685.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,7 +25,7 @@ class Lora:
 
     Attributes:
         r: rank of the additions, 1 or more.
-        alpha: α; the additions count α/r times.
+        alpha: α; the additions count α/r times. No file of weights says it: give what they were trained with.
         dropout: probability, of their inputs in training.
         targets: patterns for names of linear layers ('*' matches dots too), such as '*.attention.qkv',
             '*.attention.out', '*.feed_forward.up', '*.feed_forward.down'.
@@ -40,15 +40,32 @@ class Lora:
     targets: str | Sequence[str] = ("*.attention.qkv",)
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora.r={self.r}: must be 1 or more")
-        if not self.alpha > 0:
-            raise ValueError(f"lora.alpha={self.alpha}: must be above 0")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"lora.r={self.r}: must be a whole number, 1 or more")
+        if not isinstance(self.alpha, int | float) or not self.alpha > 0:
+            raise ValueError(f"lora.alpha={self.alpha}: must be a number above 0")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout={self.dropout}: must be from 0 to below 1")
         self.targets = [self.targets] if isinstance(self.targets, str) else list(self.targets)
         if not self.targets:
             raise ValueError("lora.targets=[]: must be a pattern for names, like '*.attention.qkv', or a list of them")
+
+
+def as_lora(given: Lora | Mapping[str, Any]) -> Lora:
+    """A `Lora` from its own attributes in a mapping, as a config has them.
+
+    Raises:
+        ValueError: for something else, or a key that it has not.
+    """
+    if isinstance(given, Lora):
+        return given
+    known = [field.name for field in fields(Lora)]
+    if not isinstance(given, Mapping):
+        raise ValueError(f"lora={given}: must be null or have the keys {', '.join(known)}")
+    for key in given:
+        if key not in known:
+            raise ValueError(f"lora.{key}={given[key]}: there is no such key; it has {', '.join(known)}")
+    return Lora(**given)
 
 
 def add_lora(network: nn.Module, lora: Lora) -> None:

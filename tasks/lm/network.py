@@ -19,7 +19,7 @@ from trainerkit.tasks.lm.attention import CausalAttention, document_mask, docume
 from trainerkit.tasks.lm.block import Activation, Block, FeedForward, Norm, default_d_ff, make_norm
 from trainerkit.tasks.lm.cache import KeyValueCache
 from trainerkit.tasks.lm.huggingface import load_weights
-from trainerkit.tasks.lm.lora import Lora, add_lora
+from trainerkit.tasks.lm.lora import Lora, add_lora, as_lora
 
 Positions = Literal["rope", "learned"]
 Head = Callable[[Tensor, Tensor], Any]
@@ -115,7 +115,7 @@ class GPT(nn.Module):
         self.final_norm = make_norm(norm, d_model, bias)
         self.output = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self._initialize()
-        adapters = lora if lora is None or isinstance(lora, Lora) else Lora(**lora)
+        adapters = None if lora is None else as_lora(lora)
         if weights is not None:
             load_weights(self, weights, adapters)
         elif adapters is not None:

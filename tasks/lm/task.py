@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from trainerkit import fsdp
 from trainerkit.functional.cross_entropy import linear_cross_entropy
 from trainerkit.functional.flops import decoder_flops_per_token
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
-from trainerkit.tasks.lm.generation import generate
+from trainerkit.tasks.lm.generation import check_sampling, generate
 from trainerkit.tasks.lm.network import GPT
 
 IGNORED = -100  # a target that is not predicted
@@ -34,7 +35,7 @@ class LanguageModelTask(Task):
     - `train/loss`: what is minimized; `train/loss_step` since the last log step.
     - `val/loss`, `test/loss`: negative log likelihood in nats a token, whatever is minimized.
     - `val/perplexity`, `test/perplexity`: exp of it.
-    - `val/bits_per_byte`, `test/bits_per_byte`: all nats / ln 2 / all bytes.
+    - `val/bits_per_byte`, `test/bits_per_byte`: all nats / ln 2 / all bytes; `val/bits` and `val/bytes` are these sums.
 
     Predicted, for each prompt: `index` and `tokens` (B, `max_new_tokens`), what was generated, filled up with the end
     of text.
@@ -76,17 +77,12 @@ class LanguageModelTask(Task):
         self.save_hyperparameters()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing}: must be from 0 to below 1")
-        for name, number in {"focal_gamma": focal_gamma, "z_loss": z_loss, "temperature": temperature}.items():
+        for name, number in {"focal_gamma": focal_gamma, "z_loss": z_loss}.items():
             if not (0 <= number < math.inf):
                 raise ValueError(f"{name}={number}: must be 0 or more")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: must be 1 or more, or null to choose by vocabulary and device")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k={top_k}: must be 1 or more, or null for all tokens")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p}: must be above 0 and at most 1, or null for all tokens")
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
         self.network = network
         self._loss: dict[str, Any] = {
             "label_smoothing": label_smoothing,
@@ -123,6 +119,14 @@ class LanguageModelTask(Task):
         """The same on the test data."""
         self._evaluate("test", batch)
 
+    def on_predict_start(self) -> None:
+        """Refuse parameters in pieces: processes whose texts end at different tokens would wait for each other."""
+        if fsdp.is_cut(self):
+            raise ValueError(
+                "trainer=fsdp: text is not generated from sharded weights; give trainer=auto and "
+                "resume=OUT_DIR/best_model.safetensors, which holds them whole"
+            )
+
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """What follows each prompt: a batch has `prompt` (B, P), padded on the left, `length` (B,) and `index` (B,)."""
         tokens = self.generate(batch["prompt"], batch["length"])
@@ -143,17 +147,21 @@ class LanguageModelTask(Task):
         looked_up = {id(p) for p in (network.position_embedding or torch.nn.Module()).parameters()}
         if network.output is not None:
             looked_up.add(id(network.token_embedding.weight))
-        matrices = sum(p.numel() for p in network.parameters() if p.ndim > 1 and id(p) not in looked_up)
+        matrices = [p for p in network.parameters() if p.ndim > 1 and id(p) not in looked_up]
+        trained = sum(p.numel() for p in matrices if p.requires_grad)
+        frozen = sum(p.numel() for p in matrices) - trained
         length = network.context_length
-        return length * decoder_flops_per_token(matrices, network.n_layers, network.d_model, length)
+        return length * decoder_flops_per_token(trained, network.n_layers, network.d_model, length, frozen)
 
     def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Perplexity, from the mean over the whole evaluation: a mean of perplexities would be another number."""
-        return {
-            f"{stage}/perplexity": _exp(metrics[f"{stage}/loss"])
-            for stage in ("val", "test")
-            if f"{stage}/loss" in metrics
-        }
+        """Perplexity and bits per byte of a whole evaluation; means of those of its batches would be other numbers."""
+        derived = {}
+        for stage in ("val", "test"):
+            if f"{stage}/loss" in metrics:
+                derived[f"{stage}/perplexity"] = _exp(metrics[f"{stage}/loss"])
+            if metrics.get(f"{stage}/bytes"):
+                derived[f"{stage}/bits_per_byte"] = metrics[f"{stage}/bits"] / metrics[f"{stage}/bytes"]
+        return derived
 
     @property
     def _end_of_text(self) -> int | None:
@@ -177,9 +185,8 @@ class LanguageModelTask(Task):
         counted = _counted(batch["targets"])
         self.track(f"{stage}/loss", nll, weight=counted)
         if "n_bytes" in batch:
-            n_bytes = batch["n_bytes"].sum()
-            bits = nll * counted / math.log(2)
-            self.track(f"{stage}/bits_per_byte", bits / n_bytes.clamp_min(1), weight=n_bytes)
+            self.track(f"{stage}/bits", nll * counted / math.log(2), reduction="sum")
+            self.track(f"{stage}/bytes", batch["n_bytes"].sum(), reduction="sum")
 
 
 def with_targets(batch: Any) -> Mapping[str, Tensor]:

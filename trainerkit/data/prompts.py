@@ -22,12 +22,13 @@ def read_prompts(path: str, field: str) -> list[str]:
     """
     file = Path(path).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also cuts at characters that stand within a line of JSON.
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file={path}: cannot be read ({error}).") from error
     if file.suffix == ".jsonl":
         lines = [_field_of(line, number, path, field) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not lines:
+    if not any(lines):
         raise UserError(f"prompt_file={path}: is empty; needed is a prompt a line.")
     return lines
 
