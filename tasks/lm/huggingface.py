@@ -56,9 +56,8 @@ def load_weights(network: "GPT", path: str | Path, adapters: Lora | None = None)
             _check_config(network, file.parent / "config.json")
         state = from_huggingface(state, tied=network.output is None)
         if network.output is None and "output.weight" in state:
-            raise UserError(
-                f"weights={path}: their output layer is not the token embedding; give tie_embeddings=false."
-            )
+            problem = "their output layer is not the token embedding; give tie_embeddings=false"
+            raise UserError(f"weights={path}: {problem}.")
     has_adapters = any(".lora_" in name for name in state)
     if has_adapters and adapters is None:
         raise UserError(

@@ -266,6 +266,22 @@ def test_float16_keeps_gradients_that_a_mean_over_many_rows_would_lose():
     assert float(found[0].abs().min()) > 0
 
 
+def test_float16_sums_of_many_rows_with_one_target_stay_finite():
+    """A sum over the rows of one frequent token passes float16's 65,504, and no loss scale would help."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2**15, 4, generator=generator)
+    hidden[:, 0] = 40.0
+    weight = torch.zeros(257, 4, requires_grad=True)
+    targets = torch.randint(257, (2**15,), generator=generator)
+    targets[: 2**14] = 32
+    with torch.autocast("cpu", torch.float16):
+        loss, _ = linear_cross_entropy(hidden, weight, targets, chunk_size=2**15)
+    (found,) = torch.autograd.grad(loss, weight)
+    wide = weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(hidden.double() @ wide.T, targets), wide)
+    close([found.double()], [expected], rtol=5e-3, atol=1e-4)
+
+
 def test_activation_checkpointing_gives_the_same(tokens):
     hidden, weight, targets = inputs()
     expected = gradients(linear_cross_entropy(hidden, weight, targets)[0], hidden, weight)

@@ -4,12 +4,16 @@ import math
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from tests.support import toy_trainer
-from trainerkit.compose import compose_config
+from trainerkit.cli import main
+from trainerkit.compose import compose_config, with_text_quoted
+from trainerkit.errors import UserError
 from trainerkit.tasks.lm import GPT, LanguageModelTask, TextSamples
 from trainerkit.tasks.lm.samples import padded
+from trainerkit.testing._kill_runs import SMALL
 
 VOCABULARY = 11  # ten letters and the end of text
 SIZES = {"vocab_size": VOCABULARY, "context_length": 24, "n_layers": 1, "d_model": 16, "n_heads": 2}
@@ -228,3 +232,39 @@ def test_the_documented_values_are_composed():
     assert cfg.trainer.accumulate_grad_batches == 1
     assert "parameter_stats" not in cfg.callbacks
     assert (cfg.trainer.val_check_interval, cfg.trainer.check_val_every_n_epoch) == (100, None)
+    # What the document does not say, and these values would not mean the same without.
+    assert cfg.trainer.max_steps == -1
+    assert cfg.optimizer._target_ == "torch.optim.AdamW"
+    assert cfg.scheduler._target_ == "torch.optim.lr_scheduler.ConstantLR"
+    assert cfg.task.network.tie_embeddings
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "lm_gpu", "tisslm_document"])
+def test_every_experiment_trains_when_it_is_small(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["task.network.n_layers=1", "task.network.d_model=16", "task.network.n_heads=2", "task.max_new_tokens=2"]
+    data = [option for option in SMALL["lm"](tmp_path) if option.startswith(("data", "callbacks"))]
+    short = ["trainer=cpu", "trainer.compile=false", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+    quiet = ["callbacks.progress_bar=null", "logger=none", "data.vocab_size=null", "data.eval_stride=16"]
+    checked = [] if name == "lm_gpu" else ["trainer.val_check_interval=2"]
+    main(["task=lm", f"experiment={name}", *data, *small, *short, *quiet, *checked, "out_dir=run"])
+    assert "val/bits_per_byte" in capsys.readouterr().out
+
+
+TEXTS = [
+    "def ", '"a" in "b"', '"""', "'hello'", "it's \\ \\'", "{a: 1}, [b", "a=b # c", "NULL", "$x", "é — 🙂", "", "one\ntwo",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_stands_for_itself(text):
+    cfg = compose_config(["task=lm", with_text_quoted(f"prompt={text}")])
+    OmegaConf.resolve(cfg.data)
+    assert cfg.data.prompt == text
+    assert compose_config(["task=lm", with_text_quoted("prompt=null")]).data.prompt is None
+
+
+@pytest.mark.parametrize("text", ["a ${b}", "'${x}'", "???"])
+def test_a_prompt_that_the_config_would_take_for_something_else_is_refused(text):
+    with pytest.raises(UserError, match="this text has another meaning here; put it into a file"):
+        with_text_quoted(f"prompt={text}")

@@ -209,7 +209,7 @@ def test_a_low_temperature_is_greedy_and_equal_logits_are_cut_to_k():
         ({"temperature": -0.1}, "temperature=-0.1: must be 0 or more"),
         ({"temperature": math.nan}, "temperature=nan: must be 0 or more"),
         ({"top_k": 0}, "top_k=0: must be 1 or more, or null"),
-        ({"top_p": 0.0}, "top_p=0.0: must be above 0, at most 1, or null"),
+        ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1, or null"),
         ({"seed": -1}, "seed=-1: must be 0 or more"),
         ({"seed": [1, 2]}, r"seed=\[1, 2\]: must be one number, or one for each of 3 prompts"),
         ({"length": torch.tensor([0, 1, 2])}, r"length=\[0, 1, 2\]: must be 3 numbers from 1 to 10"),
@@ -220,3 +220,33 @@ def test_wrong_arguments_say_what_is_allowed(options, message):
     prompt, length = prompts()
     with pytest.raises(ValueError, match=message):
         generate(gpt(), **{"prompt": prompt, "length": length, "max_new_tokens": 2} | options)
+
+
+@pytest.mark.parametrize("row", [[torch.nan] * 5, [1.0, torch.inf, 2.0, 0.0, 1.0], [-torch.inf] * 5])
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1.0])
+def test_logits_of_a_run_that_diverged_still_give_a_token(row, temperature):
+    token = sample(torch.tensor([row]), torch.tensor([0.5]), temperature)
+    assert 0 <= int(token) < 5
+
+
+def test_the_smallest_temperature_takes_the_likeliest():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert sample(logits, torch.tensor([0.9]), 1e-320).tolist() == [1]
+
+
+def test_a_compiled_network_generates_uncompiled():
+    """Each length would be compiled anew."""
+    network = gpt()
+    prompt = torch.tensor([[1, 2, 3]])
+    expected = generate(network, prompt, max_new_tokens=6, seed=0)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    network.compile(backend=backend)
+    assert torch.equal(generate(network, prompt, max_new_tokens=6, seed=0), expected)
+    assert compiled == []
+    network(prompt)
+    assert compiled

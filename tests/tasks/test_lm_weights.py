@@ -96,6 +96,22 @@ def test_gpt2_s_layout_is_read_from_a_folder_and_from_a_file(tmp_path, name, pre
     assert torch.equal(untied(tokens()), network(tokens()))
 
 
+def test_an_output_layer_of_its_own_is_not_dropped(tmp_path):
+    network = gpt(tie_embeddings=False)
+    content = {f"transformer.{key}": tensor for key, tensor in written_by_hand(network).items()}
+    content["lm_head.weight"] = network.output.weight.detach().clone()
+    save_file(content, tmp_path / "model.safetensors")
+    assert torch.equal(gpt(tie_embeddings=False, weights=str(tmp_path))(tokens()), network(tokens()))
+    with pytest.raises(UserError, match="is not the token embedding; give tie_embeddings=false|does not fit"):
+        gpt(weights=str(tmp_path))
+
+
+def test_weights_in_several_files_are_refused_with_what_to_do(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"in several files \(model.safetensors.index.json\), which are not read; save"):
+        gpt(weights=str(tmp_path))
+
+
 def test_writing_and_reading_that_layout_are_inverse(tmp_path):
     network = gpt()
     state = from_huggingface(to_huggingface(network))
@@ -119,6 +135,10 @@ def test_what_no_shape_shows_is_compared_with_the_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-6}))
     with pytest.raises(UserError, match="layer_norm_epsilon=1e-06 in the file: this network's is 1e-05"):
         gpt(weights=str(tmp_path))
+    for key, value in {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}.items():
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError, match=f"{key}={value} in the file: this network has it {not value}"):
+            gpt(weights=str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has none of model.safetensors, pytorch_model.bin"):
         gpt(weights=str(tmp_path))
@@ -160,8 +180,9 @@ def test_logits_equal_those_of_transformers_both_ways(tmp_path):
     assert expected.std() > 0.5
     torch.testing.assert_close(ours(tokens()), expected, atol=1e-5, rtol=1e-5)
 
-    save_huggingface(gpt(), tmp_path / "ours")
+    save_huggingface(gpt(), tmp_path / "ours", end_of_text=22)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    assert theirs.config.eos_token_id == 22
     torch.testing.assert_close(theirs(tokens()).logits, gpt()(tokens()), atol=1e-5, rtol=1e-5)
 
 
@@ -247,8 +268,12 @@ def test_a_file_with_adapters_comes_back_and_one_without_gets_new_ones(tmp_path)
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"r": 0}, "lora.r=0: must be 1 or more"),
-        ({"alpha": 0.0}, "lora.alpha=0.0: must be above 0"),
+        ({"r": 0}, "lora.r=0: must be a whole number, 1 or more"),
+        ({"r": 2.5}, "lora.r=2.5: must be a whole number, 1 or more"),
+        ({"alpha": 0.0}, "lora.alpha=0.0: must be a number above 0"),
+        ({"alpha": "x"}, "lora.alpha=x: must be a number above 0"),
+        ({"rank": 8}, "lora.rank=8: there is no such key; it has r, alpha, dropout, targets"),
+        (5, "lora=5: must be null or have the keys r, alpha, dropout, targets"),
         ({"dropout": 1.0}, "lora.dropout=1.0: must be from 0 to below 1"),
         ({"targets": []}, r"lora.targets=\[\]: must be a pattern"),
         (

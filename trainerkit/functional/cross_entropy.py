@@ -28,6 +28,9 @@ from torch.autograd.function import once_differentiable
 # Logits of a chunk. More makes longer matrix products, fewer stay in the cache: tests/benchmarks/cross_entropy.py.
 _CHUNK = {"cpu": 2**22}
 _CHUNK_ELSEWHERE = 2**27
+# A weight's gradient in float16 is a sum over a chunk's rows, which may not pass 65,504 whatever the loss's scale. With
+# these it does not while numbers of `hidden`, which are made smaller for it, stay below 1,000.
+_HALF_ROWS, _HALF_SCALE = 2**12, 2**6
 
 
 class _Options(NamedTuple):
@@ -105,6 +108,8 @@ def _loss(
     vocabulary = hidden.shape[-1] if weight is None else weight.shape[0]
     rows = targets.numel()
     most = chunk_size or max(1, _CHUNK.get(hidden.device.type, _CHUNK_ELSEWHERE) // max(1, vocabulary))
+    if _kind_of_products(hidden, weight) == torch.float16:
+        most = min(most, _HALF_ROWS)
     chunks = max(1, -(-rows // most))
     size = max(1, -(-rows // chunks))  # of equal length, rather than a short one at the end
     grad = torch.is_grad_enabled()
@@ -164,6 +169,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_hidden[part] = slope if head is None else slope @ head
             if grad_weight is not None and kind == wide:
                 grad_weight.addmm_(slope.T, rows)
+            elif grad_weight is not None and kind == torch.float16:
+                grad_weight.add_(slope.T @ (rows / _HALF_SCALE), alpha=_HALF_SCALE)
             elif grad_weight is not None:
                 grad_weight.add_(slope.T @ rows)
         # The gradients so far are of the sum: divided by N, those of small probabilities would vanish in float16.
