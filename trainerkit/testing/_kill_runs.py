@@ -50,9 +50,10 @@ def small_run(task: str, configuration: str, folder: Path) -> list[str]:
         configuration: a name of `CONFIGURATIONS`.
         folder: where data may be written, once.
     """
-    overrides = [f"task={task}", *CONFIGURATIONS[configuration]]
+    overrides = [f"task={task}"]
     if task in SMALL:
         overrides += SMALL[task](folder)
+    overrides += CONFIGURATIONS[configuration]  # may say otherwise
     if configuration != "ddp":
         overrides.append("trainer=cpu")
     return [
@@ -111,6 +112,7 @@ def _lm(folder: Path) -> list[str]:
         "task.network.n_heads=2",
         "task.network.dropout=0.1",
         "task.max_new_tokens=4",
+        "trainer.val_check_interval=9",
         # Measure time and memory, which no two runs have the same.
         "callbacks.throughput=null",
         "callbacks.memory_monitor=null",
