@@ -89,7 +89,8 @@ def forget_sums(trainer: Any) -> None:
 def add_sums(trainer: Any, sums: State) -> None:
     """Add the sums of the batches before to those of the first batch after a resume, which makes a place for them."""
     for key, metric in trainer.fit_loop.epoch_loop._results.items():
-        if key in sums and metric.is_tensor:
+        if key in sums and metric.is_tensor and not hasattr(metric, "went_on"):  # by History
+            metric.went_on = True
             saved = {name: value.to(metric.value.device) for name, value in sums[key]["state"].items()}
             if metric.meta.is_max_reduction or metric.meta.is_min_reduction:
                 metric.value = metric.meta.reduce_fx(saved["value"], metric.value)

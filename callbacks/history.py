@@ -51,6 +51,7 @@ class History(Callback):
         self._resumed = False
         self._begun: dict[str, Any] | None = None  # what an earlier process knew of this epoch
         self._old: dict[str, Tensor] = {}  # metrics of earlier epochs, still in `trainer.callback_metrics`
+        self._is_first = False  # whether this process's first batch is still to end
         self._lacks_loss = False  # the last record, which the module may still log a loss for
 
     # The checkpoint
@@ -80,7 +81,8 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with a resumed run's file, or keep another run's; start the clock."""
         path = self._path(trainer)
-        self._old, self._lacks_loss, self._started = {}, False, time.monotonic()
+        self._old, self._lacks_loss, self._started = dict(trainer.callback_metrics), False, time.monotonic()
+        self._is_first = True
         if not self._resumed:
             self.records, self._before, self._begun = [], 0.0, None
             if trainer.is_global_zero and path.exists():
@@ -100,10 +102,13 @@ class History(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After a resume in mid-epoch, let the epoch's value have the batches before it."""
+        self._begin(trainer)
         if self._begun is not None and self._begun["sums"] is not None:
             metric = _running(trainer, self.train_metric)
             if metric is not None:
-                _add(metric, self._begun["sums"], trainer.global_rank, trainer.world_size)
+                if not hasattr(metric, "went_on"):  # by ExactResume
+                    _add(metric, self._begun["sums"], trainer.global_rank, trainer.world_size)
+                    metric.went_on = True
                 self._begun["sums"] = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,7 +119,16 @@ class History(Callback):
         """The last epoch may lack its loss."""
         self._complete(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run may begin by a validation that was due."""
+        self._begin(trainer)
+
     # The records
+
+    def _begin(self, trainer: Trainer) -> None:
+        """What callbacks have put back by now, of whichever epoch, was logged before; `_begun` has this one's."""
+        if self._is_first:
+            self._old, self._is_first = dict(trainer.callback_metrics), False
 
     def _record(self, trainer: Trainer, epoch: int) -> None:
         lr = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
@@ -125,6 +139,8 @@ class History(Callback):
             "lr": None if lr is None else float(lr),
             "seconds": round(self._seconds(), 3),
         }
+        if self.records and self.records[-1]["epoch"] == epoch:  # ended once more by ExactResume, after its last batch
+            record = self.records.pop() | {name: value for name, value in record.items() if value is not None}
         self.records.append(record)
         self._lacks_loss = record["train_loss"] is None
         self._old = dict(trainer.callback_metrics)

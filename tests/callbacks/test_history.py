@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from tests.support import ROOT, ToyModule, toy_loader, toy_trainer
-from trainerkit.callbacks import CrashSafeCheckpoint, History
+from trainerkit.callbacks import CrashSafeCheckpoint, ExactResume, History
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
 
 
@@ -89,12 +89,12 @@ class SavesAt(Callback):
             trainer.save_checkpoint(path)
 
 
-def whole_and_resumed(tmp_path, hook, batch, module=Dicts, **options):
+def whole_and_resumed(tmp_path, hook, batch, module=Dicts, before=(), more=(), **options):
     options = {"max_epochs": 3, "val_check_interval": 2} | options
     files = []
     for folder, checkpoint in (("whole", None), ("resumed", tmp_path / "whole" / f"{batch}.ckpt")):
         torch.manual_seed(0)
-        callbacks = [History(), SavesAt(hook, batch)]
+        callbacks = [make() for make in (*before, History, *more)] + [SavesAt(hook, batch)]
         trainer = toy_trainer(tmp_path / folder, callbacks, **options)
         trainer.fit(module(), stateful_loader(), stateful_loader(), ckpt_path=checkpoint)
         files.append(without_seconds(json.loads((tmp_path / folder / "training_history.json").read_text())))
@@ -127,6 +127,19 @@ def test_a_resume_from_the_end_of_a_validation_does_too(tmp_path, batch):
 def test_an_epoch_whose_last_batch_was_saved_has_its_record_all_the_same(tmp_path):
     """Lightning goes on with the next epoch; of that one's end, a validation would be lost."""
     whole, resumed = whole_and_resumed(tmp_path, "on_train_batch_end", 5)
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("batch", range(6, 20))
+def test_what_exact_resume_puts_back_is_counted_once_and_is_none_of_an_epoch_without_a_validation(
+    tmp_path, batch, is_first
+):
+    """A validation every 7 batches, epochs of 5: the second and third epoch have one, the first and fourth none."""
+    steps = {"val_check_interval": 7, "check_val_every_n_epoch": None, "max_epochs": 4}
+    more = {"before" if is_first else "more": [ExactResume]}
+    whole, resumed = whole_and_resumed(tmp_path, "on_train_batch_end", batch, **more, **steps)
+    assert [record["val_loss"] is None for record in whole] == [True, False, False, True]
     assert resumed == whole
 
 
