@@ -20,14 +20,15 @@ END = 256
 
 @pytest.fixture
 def folder(tmp_path):
-    """Thirty files, so that the split is by name."""
+    """Thirty files."""
     for i in range(30):
         small_text(tmp_path / "texts" / f"{i:02}.txt", words=60 + 4 * i, seed=i)
     return tmp_path / "texts"
 
 
 def make(folder, **options):
-    options = {"context_length": 16, "batch_size": 4, "cache_dir": str(folder.parent / "cache")} | options
+    defaults = {"context_length": 16, "batch_size": 4, "split": "files", "cache_dir": str(folder.parent / "cache")}
+    options = defaults | options
     data = TextData(str(folder), **options)
     data.prepare_data()
     data.setup("fit")
@@ -169,11 +170,13 @@ class _Tokens(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def test_a_run_resumed_in_mid_epoch_sees_the_same_shifted_windows(folder, tmp_path):
-    def fit(where, stop_after=None, resume=None):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_resumed_in_mid_epoch_sees_the_same_shifted_windows(folder, tmp_path, workers):
+    def fit(where, stop_after=None, resume=None, **options):
         module = _Tokens(stop_after)
         trainer = toy_trainer(tmp_path / where, [ExactResume()], max_epochs=2, limit_val_batches=0)
-        trainer.fit(module, datamodule=make(folder, batch_size=64), ckpt_path=resume, weights_only=True)
+        data = make(folder, batch_size=64, num_workers=workers, **options)
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         return module
 
     whole = fit("whole")
@@ -185,10 +188,20 @@ def test_a_run_resumed_in_mid_epoch_sees_the_same_shifted_windows(folder, tmp_pa
     assert rest.seen == whole.seen[cut:]
     assert torch.equal(rest.logits, whole.logits)
 
-    (folder / "new.txt").write_text("one more\n")
-    with pytest.raises(
-        UserError, match=r"path=.*texts: the text, or how it is split, has changed since the checkpoint"
+    if workers:  # what follows does not depend on them
+        return
+    for options, message in (
+        ({"seed": 1}, "seed=1: the checkpoint stands in the middle of an epoch with seed=0"),
+        (
+            {"context_length": 8},
+            "context_length=8: the checkpoint stands in the middle of an epoch with context_length=16",
+        ),
+        ({"shift_windows": False}, "shift_windows=False: the checkpoint stands in the middle of an epoch with .*=True"),
     ):
+        with pytest.raises(ValueError, match=message):
+            fit("cut", resume=tmp_path / "cut" / "cut.ckpt", **options)
+    (folder / "new.txt").write_text("one more\n")
+    with pytest.raises(UserError, match=r"path=.*texts: the text, how it is split, or shard_bytes has changed since"):
         fit("cut", resume=tmp_path / "cut" / "cut.ckpt")
 
 
@@ -254,20 +267,25 @@ def test_the_standard_library_is_split_by_file_and_has_no_tests(tmp_path):
         ({"tokenize_workers": -2}, "tokenize_workers=-2: must be 1 or more"),
         ({"eval_stride": 300}, "eval_stride=300: must be from 1 to context_length=256, or null"),
         ({"prompt": "a", "prompt_file": "b"}, "prompt_file=b: give a prompt or a file of them, not both"),
+        ({"path": ""}, "path='': needed is a file, a folder .* or a pattern"),
+        ({"path": ["a.txt", ""]}, "needed is a file, a folder .* or a pattern"),
+        ({"end_of_text": "</s>"}, "end_of_text=</s>: tokenizer=bytes has its own; say null"),
+        ({"end_of_text": "</s>", "tokenizer": "bpe"}, "end_of_text=</s>: tokenizer=bpe has its own; say null"),
         ({"vocab_size": 300}, "vocab_size=300: tokenizer=bytes has 257; say null, or tokenizer=bpe"),
         ({"tokenizer": "bpe", "vocab_size": 257}, "vocab_size=257: must be above 257"),
     ],
 )
 def test_impossible_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        TextData("a.txt", **options)
+        TextData(**({"path": "a.txt"} | options))
 
 
 def test_too_little_text_is_said_for_the_split_that_lacks_it(folder):
     with pytest.raises(UserError, match=r"context_length=99999: \d+ tokens of the text are there to train on"):
         make(folder, context_length=99_999)
     with pytest.raises(
-        UserError, match=r"val_fraction=0.1: \d+ tokens of the text are there to validate on.*split=within"
+        UserError,
+        match=r"val_fraction=0.1: \d+ tokens of the text are there to validate on.*split=within, or val_fraction=0 with",
     ):
         make(folder, context_length=9_000)
     assert make(folder, context_length=9_000, val_fraction=0.0, test_fraction=0.0).val_dataloader() == []
