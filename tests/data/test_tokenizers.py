@@ -126,6 +126,17 @@ def test_a_prefix_blank_that_the_text_does_not_have_is_not_counted():
     assert sizes.sum() == len("hello world größe".encode())
 
 
+def test_a_tokenizer_without_added_tokens_or_pretokenizers_is_read():
+    content = json.loads(train_bpe(["hello hello hello world"], 262))
+    del content["added_tokens"]
+    assert JsonTokenizer(json.dumps(content), "none.json").token_bytes is not None
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": []}
+    tokenizer = JsonTokenizer(json.dumps(content), "empty.json")
+    [(ids, sizes)] = tokenizer.encode_many(["hello world"])
+    assert sizes.sum() == len("hello world")
+    assert len(ids) == len(sizes)
+
+
 def test_what_is_no_tokenizer_is_said_with_what_is_allowed(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer=bites: must be bytes or bpe, or .* Did you mean bytes\?"):
         load_tokenizer("bites")
