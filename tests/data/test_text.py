@@ -316,15 +316,16 @@ def test_prompts_that_cannot_be_used_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context_length": 1200, "val_fraction": 0.2}, r"val_fraction=0.2: \d+ tokens .* for each of 9 processes"),
-        ({"context_length": 3000, "val_fraction": 0}, r"context_length=3000: \d+ tokens .* train on, .* each of 9"),
+        ({"context_length": 16, "split": "within"}, r"val_fraction=0.1: \d+ tokens .* for each of 9 processes"),
+        ({"context_length": 100, "val_fraction": 0}, r"context_length=100: \d+ tokens .* train on, .* each of 9"),
     ],
 )
 def test_fewer_windows_than_processes_are_refused(folder, options, message):
     class Nine:
         world_size, global_rank = 9, 0
 
-    data = TextData(str(folder), split="files", cache_dir=str(folder.parent / "cache"), test_fraction=0, **options)
+    cache = str(folder.parent / "cache")
+    data = TextData(str(folder / "29.txt"), cache_dir=cache, test_fraction=0.0, **options)
     data.setup("fit")
     data.trainer = Nine()
     with pytest.raises(UserError, match=message):

@@ -161,6 +161,7 @@ class TextStream(LightningDataModule):
             seed=self.seed,
             **self._cache,
         )
+        rows.seeded_by_index = True  # a block is as it was written; ExactResume asks
         return _loader_class(litdata)(
             rows,
             batch_size=self.batch_size,
@@ -185,7 +186,8 @@ def _loader_class(litdata: Any) -> Any:
             self._just_loaded = True
 
         def __iter__(self) -> Any:
-            self.restore = self.restore and self._just_loaded
+            if not self._just_loaded:
+                self.restore = False
             self._just_loaded = False
             return super().__iter__()
 
