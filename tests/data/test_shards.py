@@ -206,6 +206,7 @@ def test_the_same_text_is_found_again_and_another_is_tokenised_anew(tmp_path, ca
     assert capsys.readouterr().err == ""
     # The same size and place, another content and time.
     path.write_bytes(text.replace("wort", "Wort").encode())
+    os.utime(path, (2, 2))
     changed = tokenise(path, cache)
     assert changed.key != first.key
     assert "a.txt has changed since it was last read: the text is tokenised anew" in capsys.readouterr().err

@@ -221,12 +221,12 @@ def test_prompts_come_in_order_padded_on_the_left(folder, tmp_path):
     assert (empty["prompt"].tolist(), empty["length"].tolist()) == ([[END]], [1])
 
 
-@pytest.mark.parametrize("break_", ["\u2028", "\x85", "\x0c"])
+@pytest.mark.parametrize("break_", ["\u2028", "\x85"])
 def test_only_a_line_feed_ends_a_prompt(tmp_path, break_):
-    (tmp_path / "p.jsonl").write_text(f'{{"text": "a{break_ if break_ != chr(12) else ""}b"}}\n', encoding="utf-8")
     (tmp_path / "p.txt").write_text(f"a{break_}b\nc\n", encoding="utf-8")
-    assert read_prompts(str(tmp_path / "p.txt"), "text") == [f"a{break_}b", "c"]
-    assert len(read_prompts(str(tmp_path / "p.jsonl"), "text")) == 1
+    (tmp_path / "p.jsonl").write_text(f'{{"text": "a{break_}b"}}\n{{"text": "c"}}\n', encoding="utf-8")
+    for name in ("p.txt", "p.jsonl"):
+        assert read_prompts(str(tmp_path / name), "text") == [f"a{break_}b", "c"]
 
 
 def test_a_checkpoint_brings_its_tokenizer_for_prediction(folder, tmp_path):
