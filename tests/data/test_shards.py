@@ -140,7 +140,8 @@ def test_a_text_of_blanks_alone_has_its_bytes_at_the_end_of_text(tmp_path, words
     assert corpus.bytes == (12, 0, 0)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_said_as_such_whoever_finds_it(tmp_path, workers):
     path = tmp_path / "a.txt"
     small_text(path, words=8000)

@@ -236,9 +236,9 @@ def test_a_frame_that_ends_where_a_read_does_is_followed_by_the_next(tmp_path, m
         assert "".join(piece.text for piece in pieces) == "one\n" * 50 + "two\nthree\n"
 
 
-def test_an_archive_of_the_longest_window_is_read(tmp_path):
+def test_an_archive_with_a_longer_window_than_usual_is_read(tmp_path):
     zstandard = pytest.importorskip("zstandard")
-    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)  # 27 is usual
     stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
     head = stream.compress(b"text\n") + stream.flush()
     (tmp_path / "a.txt.zst").write_bytes(head)

@@ -1,13 +1,14 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support import small_text
+from tests.support import ROOT, small_text
 from trainerkit.data.tokenizers import ByteTokenizer, JsonTokenizer, bytes_between, load_tokenizer, train_bpe
 from trainerkit.errors import UserError
 
@@ -153,3 +154,10 @@ def test_what_is_no_tokenizer_is_said_with_what_is_allowed(tmp_path):
     ):
         load_tokenizer(str(path))
     assert load_tokenizer(str(path), end_of_text="!").vocab_size == 258
+
+
+def test_the_extra_that_the_docs_name_is_the_one_of_the_error():
+    """An error names the first extra that brings a package (`extra_for`), the docs and configs name `text`."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package in ("tokenizers", "zstandard"):
+        assert next(name for name, needs in extras.items() if any(n.startswith(package) for n in needs)) == "text"
