@@ -66,7 +66,7 @@ def test_a_loader_goes_on_where_it_was(workers):
     stream = iter(loader)
     first = [next(stream)["index"].tolist() for _ in range(2)]
     state = loader.state_dict()
-    assert state == {"epoch": 0, "batches": 2, "batch_size": 4}
+    assert state == {"epoch": 0, "batches": 2, "batch_size": 4, "length": 23, "seed": 3}
     resumed = make()
     resumed.load_state_dict(state)
     assert first + [batch["index"].tolist() for batch in resumed] == whole
@@ -74,13 +74,35 @@ def test_a_loader_goes_on_where_it_was(workers):
     assert [batch["index"].tolist() for batch in resumed] == whole  # the next epoch begins at its beginning
 
 
-def test_resuming_in_mid_epoch_with_another_batch_size_is_refused():
-    loader = BatchLoader(ArrayDataset({"x": torch.arange(9)}), EpochBatches(9, 3, shuffle=False))
-    with pytest.raises(
-        ValueError, match="batch_size=3: the checkpoint stands in the middle of an epoch with batches of 4"
-    ):
-        loader.load_state_dict({"epoch": 0, "batches": 1, "batch_size": 4})
-    loader.load_state_dict({"epoch": 0, "batches": 0, "batch_size": 4})
+@pytest.mark.parametrize(("name", "other"), [("batch_size", 4), ("length", 10), ("seed", 1)])
+def test_resuming_in_mid_epoch_with_another_order_is_refused_by_name(name, other):
+    def make(**options):
+        options = {"length": 9, "batch_size": 3, "seed": 0} | options
+        return BatchLoader(ArrayDataset({"x": torch.arange(10)}), EpochBatches(**options, shuffle=True))
+
+    loader, before = make(), make(**{name: other})
+    next(iter(before))
+    message = (
+        f"{name}={loader.sampler.settings[name]}: the checkpoint .* in the middle of an epoch with {name}={other};"
+    )
+    with pytest.raises(ValueError, match=message):
+        loader.load_state_dict(before.state_dict())
+    list(before)
+    loader.load_state_dict(before.state_dict())  # at the end of an epoch all may change
+
+
+def test_resuming_reads_nothing_of_what_was_given_before():
+    class Counted(ArrayDataset):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    data = Counted({"x": torch.arange(40)})
+    loader = BatchLoader(data, EpochBatches(40, 4, shuffle=True))
+    loader.load_state_dict({"epoch": 0, "batches": 8, "batch_size": 4})
+    assert len(list(loader)) == data.reads == 2
 
 
 def test_the_position_in_one_epoch_is_not_taken_for_the_next_ones():

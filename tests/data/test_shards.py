@@ -1,5 +1,6 @@
 """Tokens on disk: the cache, real processes, and a real kill."""
 
+import json
 import os
 import pickle
 import signal
@@ -101,6 +102,99 @@ def test_an_error_of_another_process_is_the_one_of_this(tmp_path):
             tokenise(path, tmp_path / f"cache{workers}", tokenize_workers=workers)
 
 
+@pytest.fixture
+def words(tmp_path):
+    """The path of a tokenizer that leaves blanks out."""
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "[SEP]": 1, "der": 2}, unk_token="[UNK]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["[SEP]"])
+    library.save(str(tmp_path / "words.json"))
+    return str(tmp_path / "words.json")
+
+
+@pytest.mark.parametrize("blank_at", ["the beginning", "the end", "both"])
+def test_bytes_of_documents_without_a_token_are_not_lost(tmp_path, words, blank_at):
+    first, last = blank_at != "the end", blank_at != "the beginning"
+    texts = []
+    for i in range(300):
+        blank = " " * 50 + "\n" * i
+        texts += [blank] * first + [f"der die das {i}"] + [blank + "\t"] * last
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = TextData(str(path), tokenizer=words, cache_dir=str(tmp_path / "cache"), context_length=8, shard_bytes=SHARD)
+    corpus = data.corpus
+    assert len(corpus.job.parts) > 3
+    for split, name in enumerate(("train", "val", "test")):
+        held = sum(len(text.encode()) for text in data.texts(name))
+        stream = corpus.stream(split)
+        tokens = stream.read(0, len(stream))
+        assert corpus.bytes[split] == int(stream.sizes(0, tokens).sum()) == held
+
+
+def test_a_text_of_blanks_alone_has_its_bytes_at_the_end_of_text(tmp_path, words):
+    (tmp_path / "a.jsonl").write_text('{"text": "   "}\n' * 4)
+    corpus = tokenise(tmp_path / "a.jsonl", tmp_path / "cache", tokenizer=words, val_fraction=0.0, test_fraction=0.0)
+    stream = corpus.stream(0)
+    assert stream.sizes(0, stream.read(0, 4)).tolist() == [0, 0, 0, 12]
+    assert corpus.bytes == (12, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_said_as_such_whoever_finds_it(tmp_path, workers):
+    path = tmp_path / "a.txt"
+    small_text(path, words=8000)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "from trainerkit.data import TextData; from trainerkit.errors import UserError\n"
+        "try: TextData(sys.argv[1], cache_dir=sys.argv[2], shard_bytes=4000, tokenize_workers=int(sys.argv[3])).corpus\n"
+        "except UserError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache"), str(workers)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "choose where by cache_dir=" in answer.stdout
+    assert "memory" not in answer.stdout
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_several_processes_tokenise_is_theirs_who_started_them(tmp_path):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    small_text(path, words=200_000)
+    code = (
+        "import sys; from trainerkit.data import TextData\n"
+        f"data = TextData(sys.argv[1], cache_dir=sys.argv[2], shard_bytes={SHARD}, tokenize_workers=2)\n"
+        "try: data.corpus\n"
+        "except KeyboardInterrupt: print('stopped')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path), str(cache)], cwd=ROOT, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while len(finished(cache)) < 2:
+        assert process.poll() is None, "it was over before it could be stopped"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all of them
+    out, err = process.communicate(timeout=60)
+    assert out == "stopped\n"
+    assert "Traceback" not in err
+    assert process.returncode == 0
+
+
+def test_a_source_that_cannot_be_read_is_not_the_caches_fault(tmp_path):
+    """Root may read everything; a file that vanishes between the listing and the hashing cannot be read by anyone."""
+    path = tmp_path / "a.txt"
+    small_text(path)
+    data = TextData(str(path), cache_dir=str(tmp_path / "cache"))
+    found = data.sources()
+    path.unlink()
+    data.sources = lambda: found
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(No such file") as raised:
+        data.corpus  # noqa: B018
+    assert "cache_dir" not in str(raised.value)
+
+
 def test_the_same_text_is_found_again_and_another_is_tokenised_anew(tmp_path, capsys):
     path, cache = tmp_path / "a.txt", tmp_path / "cache"
     text = small_text(path)
@@ -113,6 +207,7 @@ def test_the_same_text_is_found_again_and_another_is_tokenised_anew(tmp_path, ca
     assert capsys.readouterr().err == ""
     # The same size and place, another content and time.
     path.write_bytes(text.replace("wort", "Wort").encode())
+    os.utime(path, (2, 2))
     changed = tokenise(path, cache)
     assert changed.key != first.key
     assert "a.txt has changed since it was last read: the text is tokenised anew" in capsys.readouterr().err
@@ -120,6 +215,7 @@ def test_the_same_text_is_found_again_and_another_is_tokenised_anew(tmp_path, ca
     # What was there before is not lost.
     path.write_bytes(text.encode())
     assert tokenise(path, cache).key == first.key
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

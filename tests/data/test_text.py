@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from tests.support import small_text, toy_trainer, two_processes
 from trainerkit.callbacks import ExactResume
 from trainerkit.data import StdlibText, TextData
+from trainerkit.data.prompts import read_prompts
 from trainerkit.data.text_files import draw_split
 from trainerkit.data.windows import training_windows
 from trainerkit.errors import UserError
@@ -20,14 +21,15 @@ END = 256
 
 @pytest.fixture
 def folder(tmp_path):
-    """Thirty files, so that the split is by name."""
+    """Thirty files."""
     for i in range(30):
         small_text(tmp_path / "texts" / f"{i:02}.txt", words=60 + 4 * i, seed=i)
     return tmp_path / "texts"
 
 
 def make(folder, **options):
-    options = {"context_length": 16, "batch_size": 4, "cache_dir": str(folder.parent / "cache")} | options
+    defaults = {"context_length": 16, "batch_size": 4, "split": "files", "cache_dir": str(folder.parent / "cache")}
+    options = defaults | options
     data = TextData(str(folder), **options)
     data.prepare_data()
     data.setup("fit")
@@ -169,11 +171,13 @@ class _Tokens(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def test_a_run_resumed_in_mid_epoch_sees_the_same_shifted_windows(folder, tmp_path):
-    def fit(where, stop_after=None, resume=None):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_resumed_in_mid_epoch_sees_the_same_shifted_windows(folder, tmp_path, workers):
+    def fit(where, stop_after=None, resume=None, **options):
         module = _Tokens(stop_after)
         trainer = toy_trainer(tmp_path / where, [ExactResume()], max_epochs=2, limit_val_batches=0)
-        trainer.fit(module, datamodule=make(folder, batch_size=64), ckpt_path=resume, weights_only=True)
+        data = make(folder, batch_size=64, num_workers=workers, **options)
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         return module
 
     whole = fit("whole")
@@ -185,10 +189,20 @@ def test_a_run_resumed_in_mid_epoch_sees_the_same_shifted_windows(folder, tmp_pa
     assert rest.seen == whole.seen[cut:]
     assert torch.equal(rest.logits, whole.logits)
 
-    (folder / "new.txt").write_text("one more\n")
-    with pytest.raises(
-        UserError, match=r"path=.*texts: the text, or how it is split, has changed since the checkpoint"
+    if workers:  # what follows does not depend on them
+        return
+    for options, message in (
+        ({"seed": 1}, "seed=1: the checkpoint stands in the middle of an epoch with seed=0"),
+        (
+            {"context_length": 8},
+            "context_length=8: the checkpoint stands in the middle of an epoch with context_length=16",
+        ),
+        ({"shift_windows": False}, "shift_windows=False: the checkpoint stands in the middle of an epoch with .*=True"),
     ):
+        with pytest.raises(ValueError, match=message):
+            fit("cut", resume=tmp_path / "cut" / "cut.ckpt", **options)
+    (folder / "new.txt").write_text("one more\n")
+    with pytest.raises(UserError, match=r"path=.*texts: the text, how it is split, or shard_bytes has changed since"):
         fit("cut", resume=tmp_path / "cut" / "cut.ckpt")
 
 
@@ -205,6 +219,14 @@ def test_prompts_come_in_order_padded_on_the_left(folder, tmp_path):
         assert torch.cat([b["index"] for b in batches]).tolist() == [0, 1, 2]
     empty = next(iter(TextData("nowhere.txt").predict_dataloader()))
     assert (empty["prompt"].tolist(), empty["length"].tolist()) == ([[END]], [1])
+
+
+@pytest.mark.parametrize("break_", ["\u2028", "\x85"])
+def test_only_a_line_feed_ends_a_prompt(tmp_path, break_):
+    (tmp_path / "p.txt").write_text(f"a{break_}b\nc\n", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(f'{{"text": "a{break_}b"}}\n{{"text": "c"}}\n', encoding="utf-8")
+    for name in ("p.txt", "p.jsonl"):
+        assert read_prompts(str(tmp_path / name), "text") == [f"a{break_}b", "c"]
 
 
 def test_a_checkpoint_brings_its_tokenizer_for_prediction(folder, tmp_path):
@@ -254,20 +276,25 @@ def test_the_standard_library_is_split_by_file_and_has_no_tests(tmp_path):
         ({"tokenize_workers": -2}, "tokenize_workers=-2: must be 1 or more"),
         ({"eval_stride": 300}, "eval_stride=300: must be from 1 to context_length=256, or null"),
         ({"prompt": "a", "prompt_file": "b"}, "prompt_file=b: give a prompt or a file of them, not both"),
+        ({"path": ""}, "path='': needed is a file, a folder .* or a pattern"),
+        ({"path": ["a.txt", ""]}, "needed is a file, a folder .* or a pattern"),
+        ({"end_of_text": "</s>"}, "end_of_text=</s>: tokenizer=bytes has its own; say null"),
+        ({"end_of_text": "</s>", "tokenizer": "bpe"}, "end_of_text=</s>: tokenizer=bpe has its own; say null"),
         ({"vocab_size": 300}, "vocab_size=300: tokenizer=bytes has 257; say null, or tokenizer=bpe"),
         ({"tokenizer": "bpe", "vocab_size": 257}, "vocab_size=257: must be above 257"),
     ],
 )
 def test_impossible_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        TextData("a.txt", **options)
+        TextData(**({"path": "a.txt"} | options))
 
 
 def test_too_little_text_is_said_for_the_split_that_lacks_it(folder):
     with pytest.raises(UserError, match=r"context_length=99999: \d+ tokens of the text are there to train on"):
         make(folder, context_length=99_999)
     with pytest.raises(
-        UserError, match=r"val_fraction=0.1: \d+ tokens of the text are there to validate on.*split=within"
+        UserError,
+        match=r"val_fraction=0.1: \d+ tokens of the text are there to validate on.*split=within, or val_fraction=0 with",
     ):
         make(folder, context_length=9_000)
     assert make(folder, context_length=9_000, val_fraction=0.0, test_fraction=0.0).val_dataloader() == []
@@ -286,17 +313,86 @@ def test_prompts_that_cannot_be_used_are_refused(tmp_path):
             TextData("nowhere.txt", **options).predict_dataloader()
 
 
-def test_two_ranks_tokenise_once_and_share_the_rows(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_length": 16, "split": "within"}, r"val_fraction=0.1: \d+ tokens .* for each of 9 processes"),
+        ({"context_length": 100, "val_fraction": 0}, r"context_length=100: \d+ tokens .* train on, .* each of 9"),
+    ],
+)
+def test_fewer_windows_than_processes_are_refused(folder, options, message):
+    class Nine:
+        world_size, global_rank = 9, 0
+
+    cache = str(folder.parent / "cache")
+    data = TextData(str(folder / "29.txt"), cache_dir=cache, test_fraction=0.0, **options)
+    data.setup("fit")
+    data.trainer = Nine()
+    with pytest.raises(UserError, match=message):
+        data.setup("fit")
+
+
+def test_fewer_prompts_than_processes_are_refused(tmp_path):
+    class Two:
+        world_size, global_rank = 2, 0
+
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    for options in ({"prompt": "a"}, {}):
+        data = TextData("nowhere.txt", **options)
+        data.trainer = Two()
+        with pytest.raises(UserError, match="prompt: each of 2 processes needs a prompt, and there are 1"):
+            data.predict_dataloader()
+    data = TextData("nowhere.txt", prompt_file=str(tmp_path / "prompts.txt"))
+    data.trainer = Two()
+    assert len(data.predict_dataloader()) == 1
+
+
+def test_a_run_on_a_learnt_bpe_goes_on_with_its_tokenizer_json(folder):
+    pytest.importorskip("tokenizers")
+
+    class Fitting:
+        class state:
+            fn = "fit"
+
+    learnt = make(folder, tokenizer="bpe", vocab_size=270)
+    state = learnt.state_dict()
+    given = TextData(
+        str(folder),
+        split="files",
+        tokenizer=str(learnt.corpus.job.folder / "tokenizer.json"),
+        cache_dir=str(folder.parent / "cache"),
+    )
+    given.trainer = Fitting()
+    given.load_state_dict(state)
+    assert given.corpus.tokens == learnt.corpus.tokens
+    other = TextData(
+        str(folder),
+        split="files",
+        tokenizer="bpe",
+        vocab_size=270,
+        cache_dir=str(folder.parent / "cache"),
+        shard_bytes=999,
+    )
+    other.trainer = Fitting()
+    with pytest.raises(UserError, match="the text, how it is split, or shard_bytes has changed"):
+        other.load_state_dict(state)
+
+
+def test_two_ranks_tokenise_once_and_share_each_batch(folder, tmp_path, capfd):
     def work(rank):
         module = _Tokens()
         trainer = toy_trainer(tmp_path / f"ddp{rank}", max_epochs=1, devices=2, strategy="ddp", limit_val_batches=0)
         trainer.fit(module, datamodule=TextData(
-            str(folder), context_length=16, batch_size=32, shift_windows=False, cache_dir=str(tmp_path / "cache")
+            str(folder), split="files", context_length=16, batch_size=32, cache_dir=str(tmp_path / "cache")
         ))  # fmt: skip
-        return [row for step in module.seen for row in np.reshape(step, (-1, 16)).tolist()]
+        return [np.reshape(step, (-1, 16)).tolist() for step in module.seen]
 
     first, second = (outcome["result"] for outcome in two_processes(work, tmp_path / "out"))
-    alone = make(folder, shift_windows=False)
-    rows = joined(alone.train_dataloader(), "tokens").tolist()
-    assert set(map(tuple, first + second)) == set(map(tuple, rows))
-    assert abs(len(first) + len(second) - len(rows)) <= 1
+    assert capfd.readouterr().err.count("trainerkit: tokenising 30 files") == 1
+    alone = [batch["tokens"].tolist() for batch in make(folder, batch_size=64).train_dataloader()]
+    assert len(alone) == len(first) == len(second) > 5
+    for one, a, b in zip(alone[:-1], first, second, strict=False):
+        assert sorted(a + b) == sorted(one)
+    # The last batch may hold a row twice, so that both have as many.
+    assert {*map(tuple, first[-1] + second[-1])} >= {*map(tuple, alone[-1])}
+    assert 0 <= len(first[-1] + second[-1]) - len(alone[-1]) <= 1

@@ -1,9 +1,11 @@
 import gzip
 import json
 import random
+from pathlib import Path
 
 import pytest
 
+from trainerkit.data import text_pieces
 from trainerkit.data.text_files import Source, draw_split, find_sources
 from trainerkit.data.text_pieces import Segment, plan_parts, read_segment
 from trainerkit.errors import UserError
@@ -113,12 +115,46 @@ def test_a_tenth_is_held_out_by_the_last_digit_of_the_hash():
 def test_adding_files_moves_none_to_another_split(tmp_path):
     for i in range(25):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
-    before = {p.text: p.split for p in all_pieces(find_sources([str(tmp_path)], "auto"))}
+    before = {p.text: p.split for p in all_pieces(find_sources([str(tmp_path)], "files"))}
     for i in range(25, 60):
         (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
-    after = {p.text: p.split for p in all_pieces(find_sources([str(tmp_path)], "auto"))}
+    after = {p.text: p.split for p in all_pieces(find_sources([str(tmp_path)], "files"))}
     assert len(before) == 25
     assert before.items() <= after.items()
+
+
+def test_from_sixty_files_on_whole_files_are_held_out_and_no_split_is_without(tmp_path):
+    for count in (59, 60):
+        for i in range(count):
+            (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
+        (tmp_path / "lines.jsonl").write_text("")
+        modes = {source.mode for source in find_sources([str(tmp_path)], "auto") if source.path.suffix == ".txt"}
+        assert modes == {"cut" if count < 60 else "file"}
+    draws = [{draw_split(f"{draw}/{i}.txt".encode(), TENTHS) for i in range(60)} for draw in range(1000)]
+    assert sum(len(found) < 3 for found in draws) < 15
+
+
+def test_what_a_run_wrote_is_no_text_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "text.txt",
+        "runs/notes.md",
+        "runs/lm/1/config.yaml",
+        "runs/lm/1/overrides.txt",
+        "project/config.yaml",
+    ):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x\n")
+    before = find_sources(["."], "auto")
+    for name in ("runs/lm/1/samples/a.txt", "runs/lm/1/metrics.csv"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("x\n")
+    assert find_sources(["."], "auto") == before
+    assert [source.name for source in before] == ["project/config.yaml", "runs/notes.md", "text.txt"]
+    # Who wants it names it.
+    assert [source.name for source in find_sources(["runs/lm/1/samples"], "auto")] == ["a.txt"]
+    with pytest.raises(UserError, match="path=runs/lm: the folder has no text in it .*; what runs wrote is left out"):
+        find_sources(["runs/lm"], "auto")
 
 
 def test_folders_give_known_suffixes_in_order_and_patterns_anything(tmp_path):
@@ -165,6 +201,8 @@ GOOD = b'{"text": "a"}\n'
         ("a.jsonl", GOOD * 2 + b'{"text": 7}\n', r"line 3 has a int in the field 'text'; needed is text"),
         ("a.jsonl", b"[1]\n", r"line 1 is a list; needed is an object"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1 has half a character"),
+        ("a.txt", "größe\n".encode("utf-16"), r"a\.txt: is UTF-16, needed is UTF-8.*iconv -f UTF-16"),
+        ("a.txt", "日本\u3000日本".encode("utf-16-be").join([b"\xfe\xff", b""]), r"a\.txt: is UTF-16, needed"),
         ("a.txt.gz", gzip.compress(b"abc\n" * 99)[:-20], r"a\.txt\.gz: cannot be read"),
         ("a.txt.zst", b"no archive", r"a\.txt\.zst: cannot be read"),
     ],
@@ -185,3 +223,51 @@ def test_an_archive_that_ends_early_is_no_shorter_text(tmp_path):
     path.write_bytes(whole[:-9])
     with pytest.raises(UserError, match="it ends in the middle of a frame"):
         list(read_segment(Segment(0, 0, None), Source(path, "a", "file"), TENTHS, "text"))
+
+
+def test_a_frame_that_ends_where_a_read_does_is_followed_by_the_next(tmp_path, monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    frames = [zstandard.ZstdCompressor().compress(part) for part in (b"one\n" * 50, b"two\n", b"three\n")]
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(b"".join(frames))
+    for size in range(1, len(frames[0]) + 2):
+        monkeypatch.setattr(text_pieces, "_PIECE_BYTES", size)
+        pieces = read_segment(Segment(0, 0, None), Source(path, "a", "file"), TENTHS, "text")
+        assert "".join(piece.text for piece in pieces) == "one\n" * 50 + "two\nthree\n"
+
+
+def test_an_archive_with_a_longer_window_than_usual_is_read(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)  # 27 is usual
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    head = stream.compress(b"text\n") + stream.flush()
+    (tmp_path / "a.txt.zst").write_bytes(head)
+    pieces = read_segment(Segment(0, 0, None), Source(tmp_path / "a.txt.zst", "a", "file"), TENTHS, "text")
+    assert "".join(piece.text for piece in pieces) == "text\n"
+
+
+def test_a_byte_order_mark_before_lines_of_json_is_no_part_of_them(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD * 2)
+    for part_bytes in (10, 1 << 24):
+        found = all_pieces(find_sources([str(tmp_path / "a.jsonl")], "auto"), part_bytes)
+        assert [piece.text for piece in found] == ["a", "a"]
+
+
+def test_a_line_is_put_together_once_however_long_it_is(tmp_path, monkeypatch):
+    """Copying what is there with each chunk made the time of a line grow with the square of its length."""
+    monkeypatch.setattr(text_pieces, "_PIECE_BYTES", 10)
+    copied = 0
+
+    class Counting(bytes):
+        def __radd__(self, before):
+            nonlocal copied
+            copied += len(before) + len(self)
+            return before + bytes(self)
+
+    original = text_pieces._chunks
+    monkeypatch.setattr(text_pieces, "_chunks", lambda *given: map(Counting, original(*given)))
+    line = json.dumps({"text": "x" * 5000}).encode()
+    (tmp_path / "a.jsonl").write_bytes(line + b"\n" + line)
+    found = list(text_pieces._lines(tmp_path / "a.jsonl", 0, None))
+    assert found == [(0, line), (len(line) + 1, line)]
+    assert copied < 4 * len(line)

@@ -1,13 +1,14 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support import small_text
+from tests.support import ROOT, small_text
 from trainerkit.data.tokenizers import ByteTokenizer, JsonTokenizer, bytes_between, load_tokenizer, train_bpe
 from trainerkit.errors import UserError
 
@@ -126,6 +127,17 @@ def test_a_prefix_blank_that_the_text_does_not_have_is_not_counted():
     assert sizes.sum() == len("hello world größe".encode())
 
 
+def test_a_tokenizer_without_added_tokens_or_pretokenizers_is_read():
+    content = json.loads(train_bpe(["hello hello hello world"], 262))
+    del content["added_tokens"]
+    assert JsonTokenizer(json.dumps(content), "none.json").token_bytes is not None
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": []}
+    tokenizer = JsonTokenizer(json.dumps(content), "empty.json")
+    [(ids, sizes)] = tokenizer.encode_many(["hello world"])
+    assert sizes.sum() == len("hello world")
+    assert len(ids) == len(sizes)
+
+
 def test_what_is_no_tokenizer_is_said_with_what_is_allowed(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer=bites: must be bytes or bpe, or .* Did you mean bytes\?"):
         load_tokenizer("bites")
@@ -142,3 +154,10 @@ def test_what_is_no_tokenizer_is_said_with_what_is_allowed(tmp_path):
     ):
         load_tokenizer(str(path))
     assert load_tokenizer(str(path), end_of_text="!").vocab_size == 258
+
+
+def test_the_extra_that_the_docs_name_is_the_one_of_the_error():
+    """An error names the first extra that brings a package (`extra_for`), the docs and configs name `text`."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package in ("tokenizers", "zstandard"):
+        assert next(name for name, needs in extras.items() if any(n.startswith(package) for n in needs)) == "text"

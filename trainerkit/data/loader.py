@@ -126,6 +126,11 @@ class EpochBatches(Sampler[Tensor]):
         self._resume = (epoch, batches)
 
     @property
+    def settings(self) -> dict[str, int]:
+        """What the order depends on: a run that stands in mid-epoch goes on with these."""
+        return {"batch_size": self.batch_size, "length": self.length, "seed": self.seed}
+
+    @property
     def start(self) -> int:
         """Batches that the next iteration skips."""
         return self._resume[1] if self._resume[0] == self.epoch else 0
@@ -177,7 +182,7 @@ class BatchLoader:
         pin_memory: have the workers' batches copied to pinned memory, for CUDA.
 
     Raises:
-        ValueError: on resuming in mid-epoch with another batch size.
+        ValueError: on resuming in mid-epoch with other `EpochBatches.settings`.
     """
 
     def __init__(
@@ -228,15 +233,17 @@ class BatchLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Batches given in this epoch, 0 once it is over."""
-        return {"epoch": self.sampler.epoch, "batches": self._given % len(self), "batch_size": self.sampler.batch_size}
+        return {"epoch": self.sampler.epoch, "batches": self._given % len(self), **self.sampler.settings}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next iteration after the batches that were given before."""
-        if state["batches"] and state["batch_size"] != self.sampler.batch_size:
-            raise ValueError(
-                f"batch_size={self.sampler.batch_size}: the checkpoint stands in the middle of an epoch with batches "
-                f"of {state['batch_size']}; resume with that size, or from the end of an epoch"
-            )
+        for name, now in self.sampler.settings.items() if state["batches"] else ():
+            before = state.get(name, now)
+            if before != now:
+                raise ValueError(
+                    f"{name}={now}: the checkpoint stands in the middle of an epoch with {name}={before}; resume with "
+                    "that, or from the end of an epoch"
+                )
         # An epoch that `limit_train_batches` cut short is over; its position is not the next one's.
         self.sampler.resume_at(state["epoch"], state["batches"])
 

@@ -1,4 +1,4 @@
-"""What a generation goes on from: prompts of different lengths as rows of one."""
+"""What a generation goes on from: prompts of different lengths as rows of one, and their loader."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from trainerkit.data.loader import ArrayDataset
+from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches
+from trainerkit.data.tokenizers import Tokenizer
 from trainerkit.errors import UserError
 
 
@@ -38,6 +39,49 @@ def prompt_rows(prompts: Sequence[Sequence[int]], filler: int) -> ArrayDataset:
     longest = max(map(len, prompts))
     rows = [[filler] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     return ArrayDataset({"prompt": torch.tensor(rows), "length": torch.tensor([len(prompt) for prompt in prompts])})
+
+
+def prompt_loader(
+    prompt: str | None,
+    prompt_file: str | None,
+    field: str,
+    *,
+    tokenizer: Tokenizer,
+    context_length: int,
+    batch_size: int,
+    world: dict[str, int],
+) -> BatchLoader:
+    """Batches of prompts, in order.
+
+    Args:
+        prompt: the only one; None for nothing but the end of text.
+        prompt_file: where they are instead, see `read_prompts`.
+        field: of a line of JSON.
+        tokenizer: by which they become tokens.
+        context_length: tokens of the longest, at most.
+        batch_size: prompts a batch and process.
+        world: `num_replicas` and `rank` of `EpochBatches`.
+
+    Raises:
+        UserError: for a file that cannot be used, a prompt that is too long, or fewer prompts than processes.
+    """
+    texts = [prompt or ""] if prompt_file is None else read_prompts(prompt_file, field)
+    where = f"prompt_file={prompt_file}" if prompt_file is not None else "prompt"
+    prompts = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts]
+    longest, processes = max(map(len, prompts)), world.get("num_replicas", 1)
+    if longest > context_length:
+        allowed = f"allowed are context_length={context_length}"
+        raise UserError(f"{where}: {longest} tokens, the end of text among them; {allowed}.")
+    if len(prompts) < processes:
+        raise UserError(f"{where}: each of {processes} processes needs a prompt, and there are {len(prompts)}.")
+    dataset = prompt_rows(prompts, tokenizer.end_of_text)
+    return BatchLoader(dataset, EpochBatches(len(dataset), batch_size, shuffle=False, even=False, **world))
+
+
+def check_prompts(prompt: str | None, prompt_file: str | None) -> None:
+    """Refuse a prompt beside a file of them, by a ValueError."""
+    if prompt is not None and prompt_file is not None:
+        raise ValueError(f"prompt_file={prompt_file}: give a prompt or a file of them, not both")
 
 
 def _field_of(line: str, number: int, path: str, field: str) -> str:

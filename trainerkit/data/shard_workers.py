@@ -25,6 +25,11 @@ from trainerkit.errors import UserError
 
 # A process takes seconds to start; below this much text one is faster.
 _SMALL_BYTES = 1 << 25
+# A Ctrl-C is for the process that started these, which ends them; from the first line on, imports take seconds.
+_SERVE = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+    "from trainerkit.data.shard_workers import serve; serve()"
+)
 
 
 @contextmanager
@@ -41,6 +46,11 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def cannot_write(error: OSError, folder: Path) -> UserError:
+    """What to say when the cache `folder` has no room, or may not be written."""
+    return UserError(f"{error.filename or folder}: {error.strerror or error}; choose where by cache_dir=…")
 
 
 def tell(line: str) -> None:
@@ -119,7 +129,7 @@ def _start(folder: Path, tokenizer: Tokenizer) -> "subprocess.Popen[str]":
     # Its library would start a thread for each core in each process.
     paths = os.pathsep.join(path for path in sys.path if path)
     return subprocess.Popen(
-        [sys.executable, "-c", "from trainerkit.data.shard_workers import serve; serve()", str(folder)],
+        [sys.executable, "-c", _SERVE, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -166,6 +176,8 @@ def serve() -> None:
             write_part(job, part, tokenizer)
         except UserError as problem:
             error = str(problem)
+        except OSError as problem:
+            error = str(cannot_write(problem, folder))
         print(json.dumps({"error": error}), file=answers, flush=True)
 
 

@@ -11,6 +11,7 @@ split, and then a small file that says that the part is whole. A killed process 
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -110,36 +111,52 @@ def write_part(job: Job, part: int, tokenizer: Tokenizer) -> None:
     """Tokenise a part and write its files, the one that says so last."""
     kinds = _files(tokenizer)
     totals = {"tokens": [0, 0, 0], "bytes": [0, 0, 0], "documents": [0, 0, 0]}
+    spare = [0, 0, 0]  # bytes of pieces without a token, as blanks are to some tokenizers
+    last = [0, 0, 0]
     with ExitStack() as stack:
         files = {}
         for split, kind in product(range(3), kinds):
             temporary = stack.enter_context(replacing(_shard(job.folder, part, SPLITS[split], kind)))
             files[split, kind] = stack.enter_context(temporary.open("wb"))
-        for split, tokens, sizes, documents in _encoded(job.pieces(part), tokenizer):
+        for split, tokens, sizes, documents in _encoded(job.pieces(part), tokenizer, spare):
+            last[split] = int(sizes[-1]) if len(sizes) else last[split]
             for kind, values in (("bin", tokens), ("bytes", sizes)):
                 if kind in kinds:
                     values.astype(kinds[kind]).tofile(files[split, kind])
             totals["tokens"][split] += len(tokens)
             totals["bytes"][split] += int(sizes.sum())
             totals["documents"][split] += documents
+        for split in range(3):
+            if spare[split] and totals["tokens"][split]:  # no token follows: the last one before has them
+                files[split, "bytes"].seek(-kinds["bytes"].itemsize, os.SEEK_END)
+                files[split, "bytes"].write(np.asarray(last[split] + spare[split], kinds["bytes"]).tobytes())
+                totals["bytes"][split] += spare[split]
     write_json(job.folder / f"{part:06}.json", totals)
 
 
 def _encoded(
-    pieces: Iterator[Piece], tokenizer: Tokenizer
+    pieces: Iterator[Piece], tokenizer: Tokenizer, spare: list[int]
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], int]]:
-    """Split, tokens, the bytes that they spell, and how many documents begin, for each piece."""
+    """Split, tokens, the bytes that they spell, and how many documents begin, for each piece.
+
+    Bytes of a piece without a token are the next token's of its split; `spare` has those that still wait for one.
+    """
     for batch in _batches(pieces):
         for piece, (ids, sizes) in zip(batch, tokenizer.encode_many([piece.text for piece in batch]), strict=True):
             expected = len(piece.text.encode())
             if sizes is None:
                 assert tokenizer.token_bytes is not None
                 sizes = tokenizer.token_bytes[ids]
-            if len(ids) and int(sizes.sum()) != expected:
+            if (len(ids) or tokenizer.token_bytes is not None) and int(sizes.sum()) != expected:
                 raise UserError(
                     f"tokenizer: of {expected} bytes of text its tokens spell {int(sizes.sum())} "
                     f"(the text begins {piece.text[:40]!r}); take another one."
                 )
+            if len(ids):
+                sizes = np.append(sizes[0] + spare[piece.split], sizes[1:])
+                spare[piece.split] = 0
+            else:
+                spare[piece.split] += expected
             opening = [tokenizer.end_of_text] if piece.opens else []
             yield (
                 piece.split,

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 
-from trainerkit.data.loader import BatchLoader, EpochBatches
-from trainerkit.data.prompts import prompt_rows, read_prompts
+from trainerkit.data.loader import BatchLoader
+from trainerkit.data.prompts import check_prompts, prompt_loader
 from trainerkit.data.text_cache import Corpus, default_cache_dir, tokenized
 from trainerkit.data.text_files import SPLITS, Source, SplitBy, find_sources
 from trainerkit.data.tokenizers import ByteTokenizer, Tokenizer, from_content, load_tokenizer
@@ -33,13 +33,14 @@ class TextData(LightningDataModule):
         path: a file, a folder or a pattern (`books/**/*.txt`), or a list of them; .gz and .zst are decompressed.
         tokenizer: 'bytes'; 'bpe', which is learnt from the training part; or the path of a tokenizer.json.
         vocab_size: of the BPE, None for 4096; of another tokenizer, None or what it has.
-        end_of_text: name of the token of a tokenizer.json that separates documents; None for a usual one.
+        end_of_text: name of the token of a tokenizer.json that separates documents; None for a usual one. Bytes and BPE
+            have their own.
         field: of a line of .jsonl that holds the text.
         context_length: tokens of a row, T.
         documents: 'packed' lets a row's tokens see the document before theirs; 'separate' adds `document` (B, T), by
             which attention stays within one.
         split: 'files' gives each file to one split, 'within' gives each split a part of every file, 'auto' takes
-            'files' from 20 files on; see `find_sources`. Neither depends on `seed`.
+            'files' from 60 files on; see `find_sources`. Neither depends on `seed`.
         val_fraction: share for validation.
         test_fraction: share for the test.
         eval_stride: tokens from a window to the next in evaluation; None for context_length. Less gives each token more
@@ -85,8 +86,8 @@ class TextData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.paths = [path] if isinstance(path, str) else list(path)
-        if not self.paths:
-            raise ValueError("path=[]: needed is a file, a folder or a pattern")
+        if not self.paths or "" in self.paths:
+            raise ValueError(f"path={path!r}: needed is a file, a folder (. for this one) or a pattern")
         _check_choice("documents", documents, ("packed", "separate"))
         _check_choice("split", split, ("auto", "files", "within"))
         _check_fractions(val_fraction, test_fraction)
@@ -101,14 +102,15 @@ class TextData(LightningDataModule):
                 raise ValueError(f"{name}={number}: must be {least} or more")
         if eval_stride is not None and not 1 <= eval_stride <= context_length:
             raise ValueError(f"eval_stride={eval_stride}: must be from 1 to context_length={context_length}, or null")
-        if prompt is not None and prompt_file is not None:
-            raise ValueError(f"prompt_file={prompt_file}: give a prompt or a file of them, not both")
+        if end_of_text is not None and tokenizer in ("bytes", "bpe"):
+            raise ValueError(f"end_of_text={end_of_text}: tokenizer={tokenizer} has its own; say null")
+        check_prompts(prompt, prompt_file)
         self.context_length = context_length
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self._tokenizer_name = tokenizer
-        self._end_of_text = end_of_text
+        self.end_of_text = end_of_text
         self._field = field
         self._separate = documents == "separate"
         self._split: SplitBy = split
@@ -121,7 +123,8 @@ class TextData(LightningDataModule):
         self._prompt = prompt
         self._prompt_file = prompt_file
         self._corpus: Corpus | None = None
-        self._tokenizer: Tokenizer | None = None if tokenizer == "bpe" else load_tokenizer(tokenizer, end_of_text)
+        self._given_tokenizer = None if tokenizer == "bpe" else load_tokenizer(tokenizer, end_of_text)
+        self._tokenizer: Tokenizer | None = self._given_tokenizer  # a checkpoint may bring another, for prediction
         self.vocab_size = self._checked_size(vocab_size)
 
     # What a subclass for another text writes anew.
@@ -143,13 +146,11 @@ class TextData(LightningDataModule):
         if self._corpus is None:
             self._corpus = tokenized(
                 self.sources(),
-                self.vocab_size
-                if self._tokenizer_name == "bpe"
-                else load_tokenizer(self._tokenizer_name, self._end_of_text),
+                self.vocab_size if self._given_tokenizer is None else self._given_tokenizer,
                 cache_dir=self._cache_dir,
                 fractions=self._fractions,
                 field=self._field,
-                end_of_text=self._end_of_text,
+                end_of_text=self.end_of_text,
                 part_bytes=self._shard_bytes,
                 workers=self._workers,
             )
@@ -169,16 +170,22 @@ class TextData(LightningDataModule):
             self.corpus  # noqa: B018
 
     def setup(self, stage: str) -> None:
-        """Check that there is text enough; prompts need none."""
+        """Check that there is text enough for each process; prompts need none."""
         if stage == "predict":
             return
         for name, tokens, share in zip(SPLITS, self.corpus.tokens, (1.0, *self._fractions), strict=True):
-            if share > 0 and tokens < self.context_length:
+            processes = self._world().get("num_replicas", 1)
+            if name == "train":
+                windows, _ = training_windows(tokens, self.context_length, self._shift)
+            else:  # the last one may be filled up
+                windows = 1 - (self.context_length - tokens) // self._eval_stride
+            if share > 0 and (tokens < self.context_length or windows < processes):
                 key = f"{name}_fraction={share}" if name != "train" else f"context_length={self.context_length}"
+                less = "one window" if processes == 1 else f"a window for each of {processes} processes"
                 raise UserError(
-                    f"{key}: {tokens} tokens of the text are there to {_PURPOSE[name]}, less than one window of "
+                    f"{key}: {tokens} tokens of the text are there to {_PURPOSE[name]}, less than {less} of "
                     f"context_length={self.context_length}. Give more text or a smaller context_length"
-                    + ("." if name == "train" else f", a larger {name}_fraction or 0, or split=within.")
+                    + ("." if name == "train" else f", a larger {name}_fraction, split=within{_WITHOUT[name]}.")
                 )
 
     def train_dataloader(self) -> BatchLoader:
@@ -207,16 +214,15 @@ class TextData(LightningDataModule):
 
     def predict_dataloader(self) -> BatchLoader:
         """The prompts."""
-        texts = [self._prompt or ""] if self._prompt_file is None else read_prompts(self._prompt_file, self._field)
-        prompts = [[self.tokenizer.end_of_text, *self.tokenizer.encode(text)] for text in texts]
-        longest = max(map(len, prompts))
-        if longest > self.context_length:
-            where = f"prompt_file={self._prompt_file}" if self._prompt_file else "prompt"
-            allowed = f"allowed are context_length={self.context_length}"
-            raise UserError(f"{where}: {longest} tokens, the end of text among them; {allowed}.")
-        dataset = prompt_rows(prompts, self.tokenizer.end_of_text)
-        batches = EpochBatches(len(dataset), self.batch_size, shuffle=False, even=False, **self._world())
-        return BatchLoader(dataset, batches)
+        return prompt_loader(
+            self._prompt,
+            self._prompt_file,
+            self._field,
+            tokenizer=self.tokenizer,
+            context_length=self.context_length,
+            batch_size=self.batch_size,
+            world=self._world(),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint says of the text, and the tokenizer itself, so that prediction needs no text."""
@@ -230,7 +236,7 @@ class TextData(LightningDataModule):
         """
         doing = None if self.trainer is None else self.trainer.state.fn
         if doing == "predict":
-            self._tokenizer = from_content(state_dict["tokenizer"], "the checkpoint's", self._end_of_text)
+            self._tokenizer = from_content(state_dict["tokenizer"], "the checkpoint's", self.end_of_text)
             return
         if self.tokenizer.content != state_dict["tokenizer"]:
             raise UserError(
@@ -239,8 +245,8 @@ class TextData(LightningDataModule):
             )
         if doing == "fit" and state_dict["text"] not in (None, self.corpus.key):
             raise UserError(
-                f"path={', '.join(self.paths)}: the text, or how it is split, has changed since the checkpoint was "
-                "written. Bring it back to resume; or train on the new text in another out_dir."
+                f"path={', '.join(self.paths)}: the text, how it is split, or shard_bytes has changed since the "
+                "checkpoint was written. Bring it back to resume; or train on the new text in another out_dir."
             )
 
     def _checked_size(self, given: int | None) -> int:
@@ -275,6 +281,8 @@ class TextData(LightningDataModule):
 
 
 _PURPOSE = {"train": "train on", "val": "validate on", "test": "test on"}
+# What can be said without the split: without validation nothing may wait for val/loss.
+_WITHOUT = {"val": ", or val_fraction=0 with callbacks.early_stopping=null", "test": ", or test_fraction=0"}
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

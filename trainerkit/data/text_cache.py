@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainerkit.data.shard_workers import only_one, tell, write_parts
+from trainerkit.data.shard_workers import cannot_write, only_one, tell, write_parts
 from trainerkit.data.shards import Job, State, TokenStream, counts, file_state, open_split
 from trainerkit.data.text_files import SPLITS, Source
 from trainerkit.data.text_pieces import plan_parts
@@ -18,7 +18,7 @@ from trainerkit.data.tokenizers import Tokenizer, digest, from_content, train_bp
 from trainerkit.errors import UserError
 from trainerkit.files import replacing, write_json
 
-_FORMAT = 1
+_FORMAT = 2
 # A file that was written so shortly before it was hashed may change again without another time of change.
 _RACY_NANOSECONDS = 2_000_000_000
 # What BPE learns from, at most; more changes little.
@@ -31,7 +31,8 @@ class Corpus:
 
     Args:
         job: what was tokenised.
-        key: hash of the sources' names, sizes and contents, the tokenizer and the settings.
+        key: hash of the sources' names, sizes and contents, the tokenizer and the settings; the same for a BPE that was
+            learnt and for its tokenizer.json.
         tokenizer: by what.
         tokens: in each split.
         bytes: of text in each split.
@@ -83,33 +84,36 @@ def tokenized(
         ValueError: for a number of tokens that BPE cannot reach.
     """
     try:
-        states, digests = _hashed(sources, cache_dir)
+        states, digests, changed = _hashed(sources, cache_dir)
         known_by = {
             "format": _FORMAT,
             "sources": [(s.name, s.mode, size, d) for s, (size, _), d in zip(sources, states, digests, strict=True)],
             "tokenizer": {"bpe": tokenizer} if isinstance(tokenizer, int) else digest(tokenizer),
             "settings": [fractions, field, part_bytes],
         }
-        key = hashlib.sha256(json.dumps(known_by).encode()).hexdigest()[:32]
-        folder = cache_dir / "text" / key
+        folder = cache_dir / "text" / _key(known_by)
         job = Job(folder, sources, states, plan_parts(sources, part_bytes), fractions, field, end_of_text)
-        found = _found(job, key, tokenizer)
+        found = _found(job, known_by, tokenizer)
         if found is not None:
             return found
+        if changed:
+            tell(f"{changed} has changed since it was last read: the text is tokenised anew")
         with only_one(folder):
             made = _tokenizer(job, tokenizer)
             write_parts(job, made, workers)
-        found = _found(job, key, made)
+        found = _found(job, known_by, made)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or cache_dir}: {error.strerror or error}; choose where by cache_dir=…"
-        ) from error
+        raise cannot_write(error, cache_dir) from error
     if found is None:
         raise UserError(f"{folder}: what was just written is not there any more; is the disk full?")
     return found
 
 
-def _found(job: Job, key: str, tokenizer: Tokenizer | int) -> Corpus | None:
+def _key(known_by: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(known_by).encode()).hexdigest()[:32]
+
+
+def _found(job: Job, known_by: dict[str, Any], tokenizer: Tokenizer | int) -> Corpus | None:
     saved = job.folder / "tokenizer.json"
     if isinstance(tokenizer, int):
         if not saved.exists():
@@ -124,6 +128,7 @@ def _found(job: Job, key: str, tokenizer: Tokenizer | int) -> Corpus | None:
         first, second, third = (sum(part[name][split] for part in whole) for split in range(len(SPLITS)))
         return first, second, third
 
+    key = _key(known_by | {"tokenizer": digest(tokenizer)})
     return Corpus(job, key, tokenizer, total("tokens"), total("bytes"), total("documents"))
 
 
@@ -156,10 +161,10 @@ def _training_text(job: Job) -> Any:
                     return
 
 
-def _hashed(sources: Sequence[Source], cache_dir: Path) -> tuple[list[State], list[str]]:
+def _hashed(sources: Sequence[Source], cache_dir: Path) -> tuple[list[State], list[str], str]:
     """Each file's state and the hash of its content, which is read again only if the state is another.
 
-    What was found is kept for the next run, by the files' places; a file whose content is another now is named.
+    What was found is kept for the next run, by the files' places; files whose content is another now are named last.
     """
     places = "\n".join(str(source.path) for source in sources)
     memo = cache_dir / "sources" / f"{hashlib.sha256(places.encode()).hexdigest()[:32]}.json"
@@ -168,19 +173,21 @@ def _hashed(sources: Sequence[Source], cache_dir: Path) -> tuple[list[State], li
         known = json.loads(memo.read_text(encoding="utf-8"))
     states, digests, changed = [], [], []
     for source in sources:
-        state, before = file_state(source.path), known.get(str(source.path))
-        if before is not None and tuple(before["state"]) == state:
-            found = before["digest"]
-        else:
-            with source.path.open("rb") as file:
-                found = hashlib.file_digest(file, "blake2b").hexdigest()
-            if before is not None and before["digest"] != found:
-                changed.append(source)
+        before = known.get(str(source.path))
+        try:
+            state = file_state(source.path)
+            if before is not None and tuple(before["state"]) == state:
+                found = before["digest"]
+            else:
+                with source.path.open("rb") as file:
+                    found = hashlib.file_digest(file, "blake2b").hexdigest()
+        except OSError as error:
+            raise UserError(f"{source.path}: cannot be read ({error.strerror or error}).") from error
+        if before is not None and before["digest"] != found:
+            changed.append(source)
         states.append(state)
         digests.append(found)
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        tell(f"{changed[0].path}{more} has changed since it was last read: the text is tokenised anew")
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     now = time.time_ns()
     content = {
         str(source.path): {"state": state, "digest": found}
@@ -190,4 +197,4 @@ def _hashed(sources: Sequence[Source], cache_dir: Path) -> tuple[list[State], li
     remembered = known | content
     if remembered != known:
         write_json(memo, remembered)
-    return states, digests
+    return states, digests, f"{changed[0].path}{more}" if changed else ""

@@ -22,7 +22,9 @@ _CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .jsx .ts 
 TEXT_SUFFIXES = frozenset(f"{_TEXT} {_CODE}".split())
 _JSONL = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
-_FEW_FILES = 20
+_FEW_FILES = 60  # of fewer, one in a hundred draws leaves a tenth without any
+# What a run's folder has: it holds what the run wrote, samples of text among it.
+_RUN = ("config.yaml", "overrides.txt")
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ def find_sources(paths: Sequence[str], split: SplitBy) -> list[Source]:
     """The files that paths, folders and patterns (`**/*.txt`) stand for, sorted by name.
 
     Args:
-        paths: of a folder, files with a known suffix are taken (`TEXT_SUFFIXES`), hidden ones are not.
+        paths: of a folder, files with a known suffix are taken (`TEXT_SUFFIXES`), but no hidden ones and none in the
+            folder of a run.
         split: 'files': every file is in one split, by its name. 'within': every file gives text to each split: by
-            document where there are many in it (.jsonl), else cut at line ends. 'auto': 'files' if there are 20 files
+            document where there are many in it (.jsonl), else cut at line ends. 'auto': 'files' if there are 60 files
             without lines of JSON, or more; 'within' if there are fewer. Lines of JSON are drawn one by one with 'auto'.
 
     Raises:
@@ -71,13 +74,19 @@ def find_sources(paths: Sequence[str], split: SplitBy) -> list[Source]:
 def _files_of(given: str) -> list[tuple[Path, str]]:
     path = Path(given).expanduser()
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file.relative_to(path))]
+        runs = {file.parent for file in path.rglob(_RUN[1]) if (file.parent / _RUN[0]).is_file()}
+        files = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.is_file() and not _is_hidden(file.relative_to(path)) and runs.isdisjoint(file.parents)
+        ]
         taken = [file for file in files if _suffix(file) in TEXT_SUFFIXES]
         if not taken:
             there = ", ".join(
                 f"{count} {kind or '(none)'}" for kind, count in Counter(map(_suffix, files)).most_common(5)
             )
             there = f"; by suffix there are {there}; a pattern takes any, path='{given}/**/*'" if files else ""
+            there += "; what runs wrote is left out" if runs else ""
             raise UserError(
                 f"path={given}: the folder has no text in it (.txt, .md, .jsonl, .py, …, also .gz, .zst){there}."
             )

@@ -4,6 +4,7 @@ A .txt file, or any other text, is one document. A .jsonl file has one a line. E
 is decompressed as a stream. Bytes are never changed: what the pieces spell is what the files hold.
 """
 
+import codecs
 import gzip
 import json
 import zlib
@@ -89,6 +90,8 @@ def read_segment(segment: Segment, source: Source, fractions: tuple[float, float
     path = source.path
     if is_jsonl(path):
         for position, line in _lines(path, segment.start, segment.stop):
+            if position == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 text = _field_of(line, position, path, field)
                 key = source.name.encode() if source.mode == "file" else text.encode()
@@ -160,14 +163,18 @@ def _whole_characters(data: bytes) -> int:
 
 
 def _lines(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
-    position, rest = start, b""
+    position = start
+    begun: list[bytes] = []  # chunks of one line: joined once, or a long line would be copied with each
     for chunk in _chunks(path, start, stop):
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, rest = chunk.split(b"\n")
         for line in lines:
-            yield position, line
-            position += len(line) + 1
-    if rest:
-        yield position, rest
+            whole = b"".join([*begun, line])
+            begun = []
+            yield position, whole
+            position += len(whole) + 1
+        begun.append(rest)
+    if last := b"".join(begun):
+        yield position, last
 
 
 def _chunks(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
@@ -193,18 +200,19 @@ def _plain(path: Path, start: int) -> Iterator[bytes]:
 def _zstandard(path: Path, start: int) -> Iterator[bytes]:
     """By hand: the library's own reader takes a file that was cut off for one that ends there."""
     zstandard = require("zstandard", str(path))
-    frame = zstandard.ZstdDecompressor().decompressobj()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # the largest, by `zstd --long=31`
+    frame = decompressor.decompressobj()
     skip = start
     with path.open("rb") as file:
         while data := file.read(_PIECE_BYTES):
             while data:
+                if frame.eof:
+                    frame = decompressor.decompressobj()
                 try:
                     chunk = frame.decompress(data)
                 except zstandard.ZstdError as error:
                     raise UserError(f"{path}: cannot be read ({error}).") from error
                 data = frame.unused_data if frame.eof else b""
-                if frame.eof and data:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
                 if chunk[skip:]:
                     yield chunk[skip:]
                 skip = max(0, skip - len(chunk))
@@ -241,11 +249,18 @@ def _line_number(path: Path, position: int) -> int:
 
 def _decoded(data: bytes, position: int, path: Path) -> str:
     if b"\0" in data:
+        _refuse_utf16(path)
         raise UserError(f"{path}: is a binary file, not text (byte {position + data.index(0)} is zero).")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        _refuse_utf16(path)
         raise UserError(
             f"{path}: byte {position + error.start} is no UTF-8 ({error.reason}). "
             "Convert the file first: iconv -f LATIN1 -t UTF-8"
         ) from error
+
+
+def _refuse_utf16(path: Path) -> None:
+    if next(_chunks(path, 0, 2), b"") in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{path}: is UTF-16, needed is UTF-8. Convert the file first: iconv -f UTF-16 -t UTF-8")

@@ -18,7 +18,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from trainerkit.data.loader import Batch
+from trainerkit.data.loader import Batch, BatchLoader
+from trainerkit.data.prompts import check_prompts, prompt_loader
 from trainerkit.data.text import TextData
 from trainerkit.data.text_files import SPLITS
 from trainerkit.data.tokenizers import Tokenizer, from_content
@@ -63,7 +64,8 @@ def write_stream(data: TextData, folder: str, chunk_bytes: int = 1 << 26) -> Non
             writer[item] = torch.from_numpy(tokens).int()
         writer.done()
         writer.merge()
-    write_json(target / _SETTINGS, {"tokenizer": data.tokenizer.content, "end_of_text": data.tokenizer.end_of_text})
+    settings = {"tokenizer": data.tokenizer.content, "end_of_text": data.tokenizer.end_of_text}
+    write_json(target / _SETTINGS, settings | {"end_of_text_name": data.end_of_text})
 
 
 class TextStream(LightningDataModule):
@@ -81,11 +83,13 @@ class TextStream(LightningDataModule):
         num_workers: processes that fetch and read ahead.
         cache_dir: where chunks are kept for a while; None for litdata's own choice.
         max_cache_size: how much is kept there.
+        prompt: what to go on from in prediction, see `TextData`; prediction reads the tokenizer alone.
+        prompt_file: the same from a file, a prompt a line, or .jsonl with the field `text`.
         seed: of the order.
 
     Raises:
         ValueError: for an impossible argument.
-        trainerkit.errors.UserError: if there is no such folder, or no tokenizer.
+        trainerkit.errors.UserError: if there is no such folder, or no tokenizer; for prompts that cannot be used.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class TextStream(LightningDataModule):
         num_workers: int = 0,
         cache_dir: str | None = None,
         max_cache_size: str = "50GB",
+        prompt: str | None = None,
+        prompt_file: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -106,6 +112,7 @@ class TextStream(LightningDataModule):
         for name, (number, least) in at_least.items():
             if number < least:
                 raise ValueError(f"{name}={number}: must be {least} or more")
+        check_prompts(prompt, prompt_file)
         self.path = path.rstrip("/")
         self.context_length = context_length
         self.batch_size = batch_size
@@ -113,6 +120,8 @@ class TextStream(LightningDataModule):
         self.seed = seed
         self.tokenizer = _tokenizer(path, tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
+        self._prompt = prompt
+        self._prompt_file = prompt_file
         self._cache = {"cache_dir": cache_dir, "max_cache_size": max_cache_size}
 
     def train_dataloader(self) -> Any:
@@ -127,6 +136,19 @@ class TextStream(LightningDataModule):
         """In order; empty without test text."""
         return self._loader("test", shuffle=False)
 
+    def predict_dataloader(self) -> BatchLoader:
+        """The prompts."""
+        trainer = self.trainer
+        return prompt_loader(
+            self._prompt,
+            self._prompt_file,
+            "text",
+            tokenizer=self.tokenizer,
+            context_length=self.context_length,
+            batch_size=self.batch_size,
+            world={"num_replicas": trainer.world_size, "rank": trainer.global_rank} if trainer else {},
+        )
+
     def _loader(self, split: str, shuffle: bool) -> Any:
         litdata = _litdata()
         place = f"{self.path}/{split}"
@@ -139,13 +161,37 @@ class TextStream(LightningDataModule):
             seed=self.seed,
             **self._cache,
         )
-        return litdata.StreamingDataLoader(
+        rows.seeded_by_index = True  # a block is as it was written; ExactResume asks
+        return _loader_class(litdata)(
             rows,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             collate_fn=_Batches(self.tokenizer),
             generator=torch.Generator().manual_seed(self.seed),  # or it draws from the global state
         )
+
+
+def _loader_class(litdata: Any) -> Any:
+    class Loader(litdata.StreamingDataLoader):  # type: ignore[misc]
+        """Goes on from a state once, in the iteration that follows.
+
+        litdata's own forgets the state when its generator ends. Lightning counts batches and never asks for one more
+        than there are, so that the next epoch would go on from the state again.
+        """
+
+        _just_loaded = False
+
+        def load_state_dict(self, obj: dict[str, Any]) -> None:
+            super().load_state_dict(obj)
+            self._just_loaded = True
+
+        def __iter__(self) -> Any:
+            if not self._just_loaded:
+                self.restore = False
+            self._just_loaded = False
+            return super().__iter__()
+
+    return Loader
 
 
 class _Batches:
@@ -167,12 +213,12 @@ def _tokenizer(path: str, given: str | None) -> Tokenizer:
     file = Path(given or f"{path}/{_SETTINGS}").expanduser()
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        content, end = settings["tokenizer"], settings["end_of_text"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content, end, name = settings["tokenizer"], settings["end_of_text"], settings.get("end_of_text_name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"path={path}: {file} cannot be read ({error}). write_stream makes such a folder: docs/your_text.md"
         ) from error
-    tokenizer = from_content(content, str(file))
+    tokenizer = from_content(content, str(file), name)
     if tokenizer.end_of_text != end:
         raise UserError(f"{file}: its tokenizer has another end of text than the tokens were written with.")
     return tokenizer

@@ -108,7 +108,7 @@ class JsonTokenizer:
         vocabulary = tokenizer.get_vocab()
         ends = [end_of_text] if end_of_text is not None else [end for end in _END_NAMES if end in vocabulary]
         if not ends or ends[0] not in vocabulary:
-            special = [token["content"] for token in json.loads(content).get("added_tokens", [])]
+            special = [token["content"] for token in json.loads(content).get("added_tokens") or []]
             raise UserError(
                 f"end_of_text={end_of_text if end_of_text is not None else 'null'}: {name} has no such token; name the "
                 f"one that separates documents, one of {', '.join(special[:10]) or 'its vocabulary'}."
@@ -242,7 +242,7 @@ def _bytes_of_tokens(content: Any, vocabulary: dict[str, int], end_of_text: int)
     letters = _byte_letters()
     if not set(letters) <= vocabulary.keys():
         return None
-    added = {token["content"] for token in content["added_tokens"]}
+    added = {token["content"] for token in content.get("added_tokens") or []}
     sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
     for token, number in vocabulary.items():
         sizes[number] = len(token.encode()) if token in added else len(token)
@@ -252,7 +252,7 @@ def _bytes_of_tokens(content: Any, vocabulary: dict[str, int], end_of_text: int)
 
 def _is_lossless(content: Any) -> bool:
     before = content.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
+    steps = before.get("pretokenizers", [before]) or [{}]
     *splits, last = steps
     return (
         content["model"].get("type") == "BPE"
@@ -261,7 +261,7 @@ def _is_lossless(content: Any) -> bool:
         and last.get("type") == "ByteLevel"
         and not last.get("add_prefix_space", True)
         and all(step.get("type") == "Split" and step.get("behavior") == "Isolated" for step in splits)
-        and not any(token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
+        and not any(token["lstrip"] or token["rstrip"] for token in content.get("added_tokens") or [])
     )
 
 

@@ -93,6 +93,11 @@ class WindowBatches(EpochBatches):
         self.stride = stride
         self.slack = slack
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """By the names that data modules give them: in training, the stride is the context."""
+        return {"context_length": self.stride, "shift_windows": self.slack > 1, **super().settings}
+
     def _order(self) -> Tensor:
         shift = int(np.random.default_rng([self.seed, self.epoch, 1]).integers(self.slack))
         return super()._order() * self.stride + shift
