@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from trainerkit.files import replacing
+from trainerkit.functional.padding import left_padded
 from trainerkit.tasks.lm.task import LanguageModelTask
 
 _SHOWN = 4  # answers on the screen; all are in the file
@@ -62,7 +62,8 @@ class TextSamples(Callback):
         if trainer.sanity_checking:
             return
         tokenizer = _tokenizer(trainer)
-        prompt, length = padded([tokenizer.encode(text) for text in self.prompts], tokenizer.end_of_text)
+        end = tokenizer.end_of_text  # where every document begins
+        prompt, length = left_padded([[end, *tokenizer.encode(text)] for text in self.prompts], end)
         answers = pl_module.generate(prompt.to(pl_module.device), length.to(pl_module.device)).tolist()
         if trainer.is_global_zero:
             texts = [
@@ -113,17 +114,6 @@ class TextSamples(Callback):
         for answer in ordered[:_SHOWN]:
             print(f"--- {answer['prompt']!r}\n{answer['prompt']}{answer['text']}")
         print(f"\n{len(ordered)} prompts answered in {path}")
-
-
-def padded(prompts: Sequence[Sequence[int]], end_of_text: int) -> tuple[Tensor, Tensor]:
-    """Prompts as one tensor (B, P), padded on the left with the end of text, and their lengths (B,).
-
-    Each begins with the end of text, as every document does in training.
-    """
-    rows = [[end_of_text, *prompt] for prompt in prompts]
-    width = max(map(len, rows))
-    tokens = torch.tensor([[end_of_text] * (width - len(row)) + row for row in rows])
-    return tokens, torch.tensor([len(row) for row in rows])
 
 
 def _tokenizer(trainer: Trainer) -> Tokenizer:

@@ -11,8 +11,8 @@ from tests.support import toy_trainer
 from trainerkit.cli import main
 from trainerkit.compose import compose_config, with_text_quoted
 from trainerkit.errors import UserError
+from trainerkit.functional.padding import left_padded
 from trainerkit.tasks.lm import GPT, LanguageModelTask, TextSamples
-from trainerkit.tasks.lm.samples import padded
 from trainerkit.testing._kill_runs import SMALL
 
 VOCABULARY = 11  # ten letters and the end of text
@@ -159,8 +159,8 @@ def test_impossible_tasks_say_what_is_allowed(options, message):
 # Text
 
 
-def test_prompts_are_padded_on_the_left_and_begin_with_the_end_of_text():
-    tokens, length = padded([[1, 2], []], 10)
+def test_rows_are_padded_on_the_left():
+    tokens, length = left_padded([[10, 1, 2], [10]], 10)
     assert tokens.tolist() == [[10, 1, 2], [10, 10, 10]]
     assert length.tolist() == [3, 1]
 
@@ -180,7 +180,7 @@ def test_samples_are_kept_after_each_validation_and_move_no_random_state(tmp_pat
     first, second = last.split("\n\n")
     assert first.startswith("--- ''\n")
     assert second.startswith("--- 'abc'\nabc")
-    prompt, length = padded([[], [0, 1, 2]], 10)
+    prompt, length = left_padded([[10], [10, 0, 1, 2]], 10)
     answer = task.generate(prompt, length).tolist()[1]
     end = answer.index(10) if 10 in answer else 5
     assert second.strip() == "--- 'abc'\nabc" + Letters().decode(answer[:end])
@@ -188,7 +188,7 @@ def test_samples_are_kept_after_each_validation_and_move_no_random_state(tmp_pat
 
 def test_answers_stand_in_the_order_of_the_prompts_cut_at_the_end_of_text(tmp_path, capsys):
     task = LanguageModelTask(GPT(**SIZES), max_new_tokens=20, temperature=1.5)
-    prompt, length = padded([[3], [4, 5]], 10)
+    prompt, length = left_padded([[10, 3], [10, 4, 5]], 10)
     batches = [
         {"prompt": prompt[1:], "length": length[1:], "index": torch.tensor([1])},
         {"prompt": prompt[:1], "length": length[:1], "index": torch.tensor([0])},

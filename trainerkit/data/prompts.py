@@ -1,14 +1,12 @@
 """What a generation goes on from: prompts of different lengths as rows of one, and their loader."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches
 from trainerkit.data.tokenizers import Tokenizer
 from trainerkit.errors import UserError
+from trainerkit.functional.padding import left_padded
 
 
 def read_prompts(path: str, field: str) -> list[str]:
@@ -32,13 +30,6 @@ def read_prompts(path: str, field: str) -> list[str]:
     if not any(lines):
         raise UserError(f"prompt_file={path}: is empty; needed is a prompt a line.")
     return lines
-
-
-def prompt_rows(prompts: Sequence[Sequence[int]], filler: int) -> ArrayDataset:
-    """Prompts as rows: `{"prompt": (N, P) filled up on the left, "length": (N,) without what was filled up}`."""
-    longest = max(map(len, prompts))
-    rows = [[filler] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    return ArrayDataset({"prompt": torch.tensor(rows), "length": torch.tensor([len(prompt) for prompt in prompts])})
 
 
 def prompt_loader(
@@ -74,7 +65,8 @@ def prompt_loader(
         raise UserError(f"{where}: {longest} tokens, the end of text among them; {allowed}.")
     if len(prompts) < processes:
         raise UserError(f"{where}: each of {processes} processes needs a prompt, and there are {len(prompts)}.")
-    dataset = prompt_rows(prompts, tokenizer.end_of_text)
+    tokens, length = left_padded(prompts, tokenizer.end_of_text)
+    dataset = ArrayDataset({"prompt": tokens, "length": length})
     return BatchLoader(dataset, EpochBatches(len(dataset), batch_size, shuffle=False, even=False, **world))
 
 
