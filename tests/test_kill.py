@@ -153,8 +153,10 @@ def processes_in(folder):
 def test_ctrl_c_ends_every_process(tmp_path, signum):
     command = [sys.executable, "-m", "trainerkit.testing.kill", "--task", "mae", "--config", "workers"]
     with subprocess.Popen(
-        [*command, "--keep", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+        [*command, "--keep", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell's background jobs, and what they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
         beacon = tmp_path / "workers" / "whole" / "run" / "beacon"
         while process.poll() is None and not beacon.exists():
             time.sleep(0.01)
