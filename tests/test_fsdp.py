@@ -359,6 +359,7 @@ ON_THE_CPU = [
 COMMAND = [*(word for word in SMALL_MAE if word != "trainer=cpu"), *ON_THE_CPU]
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_with_every_default_callback_and_leaves_whole_weights(spectra_file):
     folder = spectra_file.parent
     answer = trainerkit(*COMMAND, "trainer.devices=2", "trainer.max_epochs=1", "out_dir=run", cwd=folder)
