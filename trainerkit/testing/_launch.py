@@ -40,7 +40,11 @@ def freeze(run: Running) -> None:
     """Stop the whole group where it is, and wait until the first process stands."""
     with suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGSTOP)
-    while run.poll() is None and _state(run.pid) not in "TtZX":
+    limit = time.monotonic() + 0.5
+    while run.poll() is None and (state := _state(run.pid)) not in "TtZX":
+        # One that starts another (vfork) stands in 'D' until that one, which is stopped as well, would go on.
+        if state == "D" and time.monotonic() > limit:
+            return
         time.sleep(0.0001)
 
 
