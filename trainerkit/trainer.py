@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import pytorch as pl
-from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]
+from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined] # a name of Lightning's own
 
 from trainerkit.fsdp import FSDP2, policy
 from trainerkit.loop import FastTrainingEpochLoop, NoProfiler

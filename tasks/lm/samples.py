@@ -117,6 +117,7 @@ class TextSamples(Callback):
 
 
 def _tokenizer(trainer: Trainer) -> Tokenizer:
+    # Lightning's connectors set the attribute, so that type checkers do not see it; `setup` has looked for it.
     tokenizer: Tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
     return tokenizer
 

@@ -414,7 +414,7 @@ def test_one_that_somebody_reads_or_has_linked_is_not_written_over(tmp_path, hol
         folder.commit(name, files, {"resumable": True})
         folder.point("last", name)
         if step == 2 and hold == "open":
-            held = open(tmp_path / name, "rb")  # noqa: SIM115
+            held = open(tmp_path / name, "rb")  # noqa: SIM115 -- open while others are written is the case
         elif step == 2 and hold == "map":
             mapped = torch.load(tmp_path / name, mmap=True, weights_only=True)["weight"]
         elif step == 2:

@@ -191,7 +191,7 @@ def test_a_source_that_cannot_be_read_is_not_the_caches_fault(tmp_path):
     path.unlink()
     data.sources = lambda: found
     with pytest.raises(UserError, match=r"a\.txt: cannot be read \(No such file") as raised:
-        data.corpus  # noqa: B018
+        _ = data.corpus
     assert "cache_dir" not in str(raised.value)
 
 

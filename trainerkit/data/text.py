@@ -167,7 +167,7 @@ class TextData(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenise what is not there yet; Lightning has one process of a machine do it while the others wait."""
         if self.trainer is None or self.trainer.state.fn != "predict":
-            self.corpus  # noqa: B018
+            _ = self.corpus
 
     def setup(self, stage: str) -> None:
         """Check that there is text enough for each process; prompts need none."""
