@@ -9,24 +9,11 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
 from tests.support import toy_trainer
+from tests.tasks.small_gpt import gpt, tokens
 from trainerkit.callbacks import GradientCheck, GradientMismatch
-from trainerkit.tasks.lm import GPT
 from trainerkit.tasks.lm.attention import CausalAttention, rotate
 
 LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "bias": False, "n_kv_heads": 2, "qk_norm": True}
-
-
-def gpt(**options):
-    torch.manual_seed(1)
-    network = GPT(23, 16, 2, 24, 4, **options)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return network
-
-
-def tokens(rows=2, length=11):
-    return torch.randint(23, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
 class DocumentedAttention(torch.autograd.Function):

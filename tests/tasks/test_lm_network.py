@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.tasks.small_gpt import SMALL, gpt, tokens
 from trainerkit.tasks.lm import GPT, KeyValueCache
 from trainerkit.tasks.lm.attention import CausalAttention, document_mask, document_positions, rotary_table, rotate
 
-SMALL = {"vocab_size": 23, "context_length": 16, "n_layers": 2, "d_model": 24, "n_heads": 4}
 VARIANTS = {
     "default": {},
     "gpt2": {"positions": "learned", "activation": "gelu_tanh"},
@@ -15,20 +15,6 @@ VARIANTS = {
     "multi-query": {"n_kv_heads": 1, "activation": "relu2", "qk_norm": True, "logit_softcap": 0.5},
     "untied": {"tie_embeddings": False, "rope_base": 50.0},
 }
-
-
-def gpt(**options):
-    """A network with weights so large that every part of it matters."""
-    torch.manual_seed(1)
-    network = GPT(**SMALL | options)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return network
-
-
-def tokens(rows=2, length=11):
-    return torch.randint(23, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
 def naive_norm(x, kind, weight, bias):

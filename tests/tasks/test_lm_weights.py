@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.tasks import small_gpt
+from tests.tasks.small_gpt import tokens
 from trainerkit.errors import UserError
 from trainerkit.tasks.lm import GPT, Lora, merge_lora, save_huggingface
 from trainerkit.tasks.lm.huggingface import from_huggingface, to_huggingface
@@ -16,18 +18,7 @@ GPT2 = {"positions": "learned", "activation": "gelu_tanh"}
 
 
 def gpt(**options):
-    """With weights from a file if one is named, else with large random ones, the same each time."""
-    torch.manual_seed(1)
-    network = GPT(23, 16, 2, 24, 4, **GPT2 | options)
-    if "weights" not in options:
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return network
-
-
-def tokens():
-    return torch.randint(23, (2, 11), generator=torch.Generator().manual_seed(2))
+    return small_gpt.gpt(**GPT2 | options)
 
 
 def written_by_hand(network):
