@@ -9,7 +9,6 @@ At a URL, where nothing can be flushed, renamed or linked, a file appears when i
 and `last.json`, `best.json` take the place of the links.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -17,8 +16,6 @@ import math
 import os
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,16 +26,11 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from trainerkit.callbacks._hashed_file import HashedFile, digest, is_ours_alone
 from trainerkit.files import flush, replacing, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 _NAME = re.compile(r"step-\d{8,}(-\d+)?\.ckpt")
-_BLOCK = 2**22  # bytes
 _SPARE = ".spare.ckpt.tmp"
 
 
@@ -119,7 +111,7 @@ class CheckpointFolder:
         try:
             with suppress(FileNotFoundError):
                 os.replace(self.path / _SPARE, self.staged(name))  # its place on the disk is taken over
-            with _Hashed(self.staged(name)) as file:
+            with HashedFile(self.staged(name)) as file:
                 torch.save(checkpoint, cast(IO[bytes], file))
                 return {name: file.found()}
         except RuntimeError as error:  # torch's writer hides what the system said behind a sentence of its own
@@ -135,7 +127,7 @@ class CheckpointFolder:
             of_rank: of a folder of shards only those that this rank wrote; the first has what belongs to all.
         """
         if self.path is None:
-            return {name: _digest(self.fs.open(self._key(name), "rb"))}
+            return {name: digest(self.fs.open(self._key(name), "rb"))}
         place = Path(self.staged(name))
         files = {name: place}
         if place.is_dir():
@@ -143,7 +135,7 @@ class CheckpointFolder:
             files = {f"{name}/{shard.name}": shard for shard in shards}
         with ThreadPoolExecutor(1) as flusher:  # the disk and the processor work at once
             flushed = [flusher.submit(flush, file) for file in files.values()]
-            found = {key: _digest(file.open("rb")) for key, file in files.items()}
+            found = {key: digest(file.open("rb")) for key, file in files.items()}
             for one in flushed:
                 one.result()
         return found
@@ -240,7 +232,7 @@ class CheckpointFolder:
             return
         spare = self.path / _SPARE
         os.replace(self.path / name, spare)  # whoever comes now does not find it any more
-        if not _is_ours_alone(spare):
+        if not is_ours_alone(spare):
             spare.unlink()
 
     def clear(self) -> None:
@@ -300,7 +292,7 @@ class CheckpointFolder:
         for name, expected in manifest["files"].items():
             try:
                 with self.fs.open(self._key(name), "rb") as file:
-                    found = _digest(file)
+                    found = digest(file)
             except FileNotFoundError:
                 return f"{name} is not there"
             except OSError as error:
@@ -381,97 +373,6 @@ def fault_of(path: str) -> str | None:
     """What is wrong with the checkpoint at a path or URL, or None; nothing is known of one without a manifest."""
     folder, _, name = path.replace(os.sep, "/").rpartition("/")
     return CheckpointFolder(folder or ".").fault(name)
-
-
-class _Hashed:
-    """A new file that is hashed while it is written, by a thread that reads what has been written so far.
-
-    So neither writing nor flushing waits for the hash, which takes as long as both.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        # Not through a buffer, for the thread sees only what the system has; not emptied, for that takes time.
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        self._size, self._ended = 0, False
-        self._grown = threading.Condition()
-        self._thread = ThreadPoolExecutor(1)
-        self._digest = self._thread.submit(self._follow)
-
-    def __enter__(self) -> "_Hashed":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tell(0, ended=True)
-        self._thread.shutdown()
-        self._file.close()
-
-    def write(self, content: Any) -> int:
-        """Append bytes."""
-        view, written = memoryview(content), 0
-        while written < len(view):
-            written += self._file.write(view[written:])
-        self._tell(written)
-        return written
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def found(self) -> dict[str, Any]:
-        """Flush it to the disk; size and hash, as a manifest has them."""
-        self._tell(0, ended=True)
-        self._file.truncate(self._size)
-        os.fsync(self._file.fileno())
-        return {"size": self._size, "sha256": self._digest.result()}
-
-    def _tell(self, written: int, ended: bool = False) -> None:
-        with self._grown:
-            self._size += written
-            self._ended |= ended
-            self._grown.notify()
-
-    def _follow(self) -> str:
-        digest, hashed, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
-        with open(self._path, "rb", buffering=0) as file:
-            while not self._ended or hashed < self._size:
-                with self._grown:
-                    self._grown.wait_for(lambda: self._ended or self._size - hashed >= _BLOCK)  # noqa: B023
-                    written = self._size
-                while hashed < written:
-                    # No further: behind it may stand what the file held before.
-                    count = file.readinto(block[: written - hashed])
-                    if not count:
-                        raise OSError(errno.EIO, "what was written cannot be read", self._path)
-                    digest.update(block[:count])
-                    hashed += count
-        return digest.hexdigest()
-
-
-def _is_ours_alone(path: Path) -> bool:
-    """Whether a file has one name, and no process has it open or mapped; False where that cannot be known."""
-    lease = getattr(fcntl, "F_SETLEASE", None)  # Linux: given only to the one who has the file open alone
-    if lease is None or path.stat().st_nlink != 1:
-        return False
-    handle = os.open(path, os.O_RDWR)
-    try:
-        # Whoever opens it in this moment has a signal sent to us; the usual one would end the process.
-        fcntl.fcntl(handle, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(handle, lease, fcntl.F_WRLCK)
-        fcntl.fcntl(handle, lease, fcntl.F_UNLCK)
-    except OSError:  # somebody reads it, or the file system has no leases
-        return False
-    finally:
-        os.close(handle)
-    return True
-
-
-def _digest(file: Any) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def _rank_of(shard: str) -> int:

@@ -16,7 +16,8 @@ import torch
 
 from tests.support import ROOT, ToyModule, toy_loader, toy_trainer
 from trainerkit.callbacks import CheckpointError, CrashSafeCheckpoint
-from trainerkit.callbacks._checkpoint_files import CheckpointFolder, _Hashed
+from trainerkit.callbacks._checkpoint_files import CheckpointFolder
+from trainerkit.callbacks._hashed_file import HashedFile
 
 PAGE = 4096
 latest = CrashSafeCheckpoint.latest
@@ -394,7 +395,7 @@ def test_what_a_file_held_before_is_not_hashed(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(os.urandom(12_000_000))
     parts = [os.urandom(length) for length in (5_000_000, 1_000_000, 10)]
-    with _Hashed(str(path)) as file:
+    with HashedFile(str(path)) as file:
         for part in parts:
             file.write(part)
             time.sleep(0.05)  # in which what is there is hashed
