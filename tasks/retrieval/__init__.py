@@ -1,0 +1,1 @@
+"""Contrastive retrieval: `python -m trainerkit task=retrieval`."""
