@@ -98,9 +98,14 @@ def test_schedules_scale_with_the_rate_and_stay_between_the_floor_and_it():
     assert all(0.1 - 1e-12 <= value <= 1 for value in small)
 
 
-def test_warmup_is_counted_in_epochs_unless_steps_are_given():
+def test_warmup_is_counted_in_epochs_unless_a_ratio_or_steps_are_given():
     by_epochs = factors(warmup_cosine, 12, total_steps=40, steps_per_epoch=5, warmup_epochs=2)
     assert by_epochs == factors(warmup_cosine, 12, total_steps=40, warmup_steps=10)
+    by_ratio = {"total_steps": 40, "warmup_ratio": 0.25}
+    assert by_epochs == factors(warmup_cosine, 12, **by_ratio)
+    assert factors(warmup_cosine, 12, **by_ratio, warmup_steps=3) == factors(
+        warmup_cosine, 12, total_steps=40, warmup_steps=3
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,6 +113,7 @@ def test_warmup_is_counted_in_epochs_unless_steps_are_given():
     [
         ({"total_steps": 5, "min_lr_scale": 1.5}, "min_lr_scale=1.5: must be from 0 to 1"),
         ({"total_steps": 5, "warmup_epochs": -1}, "warmup_epochs=-1: must be 0 or more"),
+        ({"total_steps": 5, "warmup_ratio": 1.5}, "warmup_ratio=1.5: must be from 0 to 1"),
         ({"total_steps": 5, "warmup_steps": -2}, "warmup_steps=-2: must be 0 or more"),
         ({"total_steps": 5, "warmup_epochs": 2}, "warmup_epochs=2: needs steps_per_epoch"),
         ({}, "total_steps=None: must be 1 or more"),

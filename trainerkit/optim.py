@@ -154,6 +154,7 @@ def warmup_cosine(
     total_steps: int | None = None,
     steps_per_epoch: int | None = None,
     warmup_epochs: float = 1.0,
+    warmup_ratio: float | None = None,
     warmup_steps: int | None = None,
     min_lr_scale: float = 0.0,
 ) -> LambdaLR:
@@ -164,13 +165,14 @@ def warmup_cosine(
         total_steps: optimizer steps of the run; a Task fills it in.
         steps_per_epoch: optimizer steps of an epoch, needed for `warmup_epochs`; a Task fills it in.
         warmup_epochs: length of the warm-up in epochs, 1 by default; fractions are allowed. Rounded down to steps.
-        warmup_steps: length of the warm-up in steps; wins over `warmup_epochs`.
+        warmup_ratio: length of the warm-up as a part of the run, from 0 to 1; wins over `warmup_epochs`.
+        warmup_steps: length of the warm-up in steps; wins over both.
         min_lr_scale: the factor at the end, from 0 to 1.
 
     Raises:
-        ValueError: for a factor outside [0, 1], a negative warm-up, or a length that is still open.
+        ValueError: for a factor or ratio outside [0, 1], a negative warm-up, or a length that is still open.
     """
-    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_steps
+    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_ratio, warmup_steps
     return _schedule(optimizer, *lengths, decay_fraction=1.0, decay="cosine", min_lr_scale=min_lr_scale)
 
 
@@ -180,11 +182,12 @@ def warmup_linear(
     total_steps: int | None = None,
     steps_per_epoch: int | None = None,
     warmup_epochs: float = 1.0,
+    warmup_ratio: float | None = None,
     warmup_steps: int | None = None,
     min_lr_scale: float = 0.0,
 ) -> LambdaLR:
     """Warm-up, then a straight line down over the rest of the run; arguments as `warmup_cosine`."""
-    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_steps
+    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_ratio, warmup_steps
     return _schedule(optimizer, *lengths, decay_fraction=1.0, decay="linear", min_lr_scale=min_lr_scale)
 
 
@@ -194,6 +197,7 @@ def warmup_stable_decay(
     total_steps: int | None = None,
     steps_per_epoch: int | None = None,
     warmup_epochs: float = 1.0,
+    warmup_ratio: float | None = None,
     warmup_steps: int | None = None,
     decay_fraction: float = 0.2,
     decay: Literal["linear", "cosine", "1-sqrt"] = "linear",
@@ -210,6 +214,7 @@ def warmup_stable_decay(
         total_steps: as there.
         steps_per_epoch: as there.
         warmup_epochs: as there.
+        warmup_ratio: as there.
         warmup_steps: as there.
         decay_fraction: the last part of all steps, from 0 to 1, rounded to steps; it never begins within the warm-up.
         decay: 'linear', 'cosine' or '1-sqrt'.
@@ -218,7 +223,7 @@ def warmup_stable_decay(
     Raises:
         ValueError: as there, for a fraction outside [0, 1], or for another decay.
     """
-    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_steps
+    lengths = total_steps, steps_per_epoch, warmup_epochs, warmup_ratio, warmup_steps
     return _schedule(optimizer, *lengths, decay_fraction=decay_fraction, decay=decay, min_lr_scale=min_lr_scale)
 
 
@@ -227,14 +232,16 @@ def _schedule(
     total_steps: int | None,
     steps_per_epoch: int | None,
     warmup_epochs: float,
+    warmup_ratio: float | None,
     warmup_steps: int | None,
     *,
     decay_fraction: float,
     decay: str,
     min_lr_scale: float,
 ) -> LambdaLR:
-    for name, value in (("decay_fraction", decay_fraction), ("min_lr_scale", min_lr_scale)):
-        if not 0 <= value <= 1:
+    parts = {"decay_fraction": decay_fraction, "min_lr_scale": min_lr_scale, "warmup_ratio": warmup_ratio}
+    for name, value in parts.items():
+        if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name}={value}: must be from 0 to 1")
     if decay not in _DECAYS:
         raise ValueError(f"decay={decay}: must be one of {', '.join(_DECAYS)}")
@@ -244,6 +251,8 @@ def _schedule(
         raise ValueError(f"warmup_steps={warmup_steps}: must be 0 or more, or null to use warmup_epochs")
     if total_steps is None or total_steps < 1:
         raise ValueError(f"total_steps={total_steps}: must be 1 or more; set trainer.max_epochs or trainer.max_steps")
+    if warmup_steps is None and warmup_ratio is not None:
+        warmup_steps = int(warmup_ratio * total_steps)
     if warmup_steps is None:
         if warmup_epochs and steps_per_epoch is None:
             raise ValueError(f"warmup_epochs={warmup_epochs}: needs steps_per_epoch as well, or give warmup_steps")
