@@ -89,6 +89,25 @@ def test_ten_steps_are_those_of_the_naive_update(nesterov, adjust):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_is_updated_as_the_matrix_of_its_output_channels(layout):
+    """One without groups; the kernels of one with groups are no such matrix, and AdamW's."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)).double().to(memory_format=layout)
+    optimizer = make_optimizer(partial(Muon, lr=0.02, weight_decay=0.1), net)
+    assert [p is net[0].weight for p in optimizer.param_groups[0]["params"]] == [True]
+    value, state = net[0].weight.detach().flatten(1).clone(), None
+    for step in range(5):
+        optimizer.zero_grad()
+        net(torch.randn(2, 3, 9, 9, dtype=torch.float64)).square().mean().backward()
+        value, state = naive_step(
+            value, net[0].weight.grad.flatten(1), state, step + 1, muon=True, lr=0.02, weight_decay=0.1, momentum=0.95,
+            nesterov=True, ns_steps=5, original=False,
+        )  # fmt: skip
+        optimizer.step()
+    torch.testing.assert_close(net[0].weight.detach().flatten(1), value, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 def test_ten_steps_are_those_of_torchs_muon_and_adamw(adjust):
     if not hasattr(torch.optim, "Muon"):
@@ -196,7 +215,7 @@ def test_hidden_matrices_are_muons_and_all_else_adamws():
     first, *others = make_optimizer(partial(Muon, weight_decay=0.3), net).param_groups
     assert {names[id(p)] for p in first["params"]} == {
         "layers.0.weight", "layers.2.weight", "layers.3.weight", "heads_of_attention.in_proj_weight",
-        "heads_of_attention.out_proj.weight",
+        "conv.weight", "heads_of_attention.out_proj.weight",
     }  # fmt: skip
     assert (first["muon"], first["weight_decay"]) == (True, 0.3)
     assert [(group["muon"], group["weight_decay"]) for group in others] == [(False, 0.3), (False, 0.0)]
@@ -325,8 +344,8 @@ def test_what_has_no_matrices_is_refused():
         make_optimizer(Muon, nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)))
     with pytest.raises(ValueError, match="no group is of matrices"):
         Muon(Net().parameters())
-    with pytest.raises(ValueError, match=r"shape \(8, 8, 3\) is no matrix"):
-        Muon([{"params": nn.Conv1d(8, 8, 3).weight, "muon": True}])
+    with pytest.raises(ValueError, match=r"shape \(8,\) is no matrix"):
+        Muon([{"params": nn.Conv1d(8, 8, 3).bias, "muon": True}])
 
 
 def test_a_module_of_lightnings_can_use_it_too(tmp_path):

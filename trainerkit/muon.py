@@ -8,6 +8,8 @@ NS is Newton and Schulz's iteration on X = U/‖U‖, five times: X ← aX + (bA
 values to between 0.7 and 1.2, not to 1. r is 0.2·√max(m, n) for a matrix of m × n, which makes the update as large as
 AdamW's, so that one learning rate serves both; or √max(1, m/n), the author's own.
 
+A convolution's kernel counts as the matrix of its output channels by everything else, as the author takes it.
+
 All matrices of one shape are one batch, computed in bfloat16 as torch.optim.Muon (torch 2.9 and later) computes one
 after the other, but in float32 on a CPU that bfloat16 would slow down: `python -m tests.benchmarks.muon`.
 
@@ -21,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -42,7 +45,8 @@ class Muon(Optimizer):
     computes them all.
 
     Args:
-        params: groups; at least one with `"muon": True`, of 2-dimensional parameters.
+        params: groups; at least one with `"muon": True`, of parameters with 2 dimensions or more; all but the first
+            count as one.
         lr: learning rate η of the matrices.
         weight_decay: λ, decoupled; a group's own wins.
         momentum: μ, from 0 to below 1.
@@ -95,10 +99,10 @@ class Muon(Optimizer):
         super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch's; a group marked `muon` may hold 2-dimensional parameters only."""
+        """As torch's; a group marked `muon` may hold parameters of 2 dimensions or more only."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        shapes = [tuple(parameter.shape) for parameter in group["params"] if parameter.ndim != 2]
+        shapes = [tuple(parameter.shape) for parameter in group["params"] if parameter.ndim < 2]
         if group["muon"] and shapes:
             self.param_groups.pop()
             raise ValueError(f"params: a parameter of shape {shapes[0]} is no matrix; leave muon=True off its group")
@@ -107,9 +111,10 @@ class Muon(Optimizer):
     def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
         """Divide a module's trainable parameters: matrices for Muon; for AdamW what decays, and what does not.
 
-        A matrix is a 2-dimensional parameter that decays (`trainerkit.optim.decays`: no embedding, bias, norm or token)
-        and is not tied to an embedding or of an output layer: a module with 'head', 'output' or 'classifier' in its
-        name, words being divided by underscores (`lm_head`).
+        A matrix is a 2-dimensional parameter that decays (`trainerkit.optim.decays`: no embedding, bias, norm or
+        token), or the kernel of a convolution without groups. Neither is one that is tied to an embedding or of an
+        output layer: a module with 'head', 'output' or 'classifier' in its name, words being divided by underscores
+        (`lm_head`).
 
         Raises:
             ValueError: if there is none.
@@ -154,12 +159,13 @@ class Muon(Optimizer):
         if group["nesterov"]:
             buffers = list(torch._foreach_lerp(gradients, buffers, group["momentum"]))
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for parameter, update in zip(parameters, orthogonalized(buffers, group["ns_steps"]), strict=True):
-            m, n = parameter.shape
+        matrices = [buffer.flatten(1) for buffer in buffers]
+        for parameter, update in zip(parameters, orthogonalized(matrices, group["ns_steps"]), strict=True):
+            m, n = update.shape
             ratio = 0.2 * math.sqrt(max(m, n))
             if group["adjust_lr_fn"] == "original":
                 ratio = math.sqrt(max(1, m / n))
-            parameter.add_(update, alpha=-group["lr"] * ratio)
+            parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * ratio)
 
     def _adamw(self, group: Group, parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -248,7 +254,9 @@ def _kind(x: Tensor) -> torch.dtype:
 
 def _is_hidden_matrix(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
     path = name.rpartition(".")[0]
-    if parameter.ndim != 2 or not decays(name, parameter, module.get_submodule(path)):
+    owner = module.get_submodule(path)
+    is_matrix = owner.groups == 1 if isinstance(owner, _ConvNd) else parameter.ndim == 2
+    if not is_matrix or not decays(name, parameter, owner):
         return False
     words = [word for word in path.split(".") if not word.isdigit()]  # an index within a Sequential
     return not (words and _HEADS & set(words[-1].split("_")))
