@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainerkit.tasks.retrieval.blocks import check_dropout, check_positive, make_blocks
+
 
 class TextBag(nn.Module):
     """The mean of the tokens' vectors, each token with a learned weight: words and n-grams without an order.
@@ -31,11 +33,8 @@ class TextBag(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int = 128, dropout: float = 0.0) -> None:
         super().__init__()
-        for name, size in (("vocab_size", vocab_size), ("dim", dim)):
-            if size < 1:
-                raise ValueError(f"{name}={size}: must be 1 or more")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout}: must be from 0 to below 1")
+        check_positive(vocab_size=vocab_size, dim=dim)
+        check_dropout(dropout)
         self.vectors = nn.Parameter(torch.randn(vocab_size, dim) * dim**-0.5)  # of length 1 or so
         self.weights = nn.Parameter(torch.zeros(vocab_size))
         self.dropout = dropout
@@ -49,3 +48,60 @@ class TextBag(nn.Module):
         shares = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1) * mask
         # One sum without the vectors of every token in memory.
         return F.embedding_bag(text, self.vectors, mode="sum", per_sample_weights=shares)
+
+
+class TextTransformer(nn.Module):
+    """A bidirectional transformer over tokens with learned positions; padding, on either side, changes nothing.
+
+    Vectors for V ids and the positions, and 12·F² parameters a block, nearly: 404,864 and 128·V with the defaults.
+
+    Args:
+        vocab_size: V.
+        max_length: tokens a text may have.
+        dim: width F, a multiple of `heads`.
+        layers: blocks.
+        heads: attention heads of each.
+        dropout: probability, in the blocks.
+
+    Attributes:
+        out_features: F.
+
+    Raises:
+        ValueError: for a value that is not possible.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_length: int = 64,
+        dim: int = 128,
+        layers: int = 2,
+        heads: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_positive(vocab_size=vocab_size, max_length=max_length)
+        self.blocks = make_blocks(dim, layers, heads, dropout)
+        self.vectors = nn.Parameter(torch.randn(vocab_size, dim) * 0.02)
+        self.positions = nn.Parameter(torch.randn(max_length, dim) * 0.02)
+        self.norm = nn.LayerNorm(dim)
+        self.max_length = max_length
+        self.out_features = dim
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        """Ids (B, T) int64 and their mask (B, T), true where there is a token, to (B, T, F); padding is anything.
+
+        Raises:
+            ValueError: if T is more than `max_length`.
+        """
+        if text.shape[1] > self.max_length:
+            raise ValueError(f"max_length={self.max_length}: texts have up to {text.shape[1]} tokens")
+        # Counted from a row's first token, wherever it stands.
+        columns = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden = F.embedding(text, self.vectors) + F.embedding(columns, self.positions)
+        # A row of nothing but padding looks at all of it: attention over nothing is not a number.
+        hidden_from_view = ~mask & mask.any(1, keepdim=True)
+        for block in self.blocks:
+            hidden = block(hidden, src_key_padding_mask=hidden_from_view)
+        out: Tensor = self.norm(hidden)
+        return out
