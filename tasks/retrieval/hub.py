@@ -13,7 +13,7 @@ from trainerkit.nn.lora import Lora, add_lora, as_lora
 Adapters = Lora | Mapping[str, Any] | None
 
 
-def load_transformers(kind: str, name_or_path: str, trust_remote_code: bool) -> nn.Module:
+def load_transformers(kind: str, name_or_path: str, trust_remote_code: bool) -> Any:
     """A model of `transformers` in float32, in training mode, without the pooling layer that is not used here.
 
     Args:
@@ -42,8 +42,7 @@ def load_transformers(kind: str, name_or_path: str, trust_remote_code: bool) -> 
         )
     without_pooler(network)
     # from_pretrained leaves it in evaluation mode, and Lightning leaves modes as they are.
-    trained: nn.Module = network.train()
-    return trained
+    return network.train()
 
 
 def without_pooler(network: nn.Module) -> None:
@@ -71,5 +70,5 @@ def train_only(network: nn.Module, lora: Adapters, frozen: bool) -> None:
 
 
 def attended(mask: Tensor) -> Tensor:
-    """The mask as `transformers` has it. A row of nothing but padding is looked at whole: attention over nothing is NaN."""
+    """The mask as `transformers` has it; a row of nothing is looked at whole, for attention over nothing is NaN."""
     return (mask | ~mask.any(1, keepdim=True)).long()

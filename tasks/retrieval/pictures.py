@@ -73,7 +73,7 @@ class ImageCNN(nn.Module):
 class ImageViT(nn.Module):
     """A vision transformer: patches as tokens with learned positions, pre-norm blocks, a last norm.
 
-    With the defaults 819,456 parameters for one channel of 32×32: 12·F² a block, nearly.
+    With the defaults 803,712 parameters for one channel of 32×32: 12·F² a block, nearly.
 
     Source: A. Dosovitskiy et al., 'An image is worth 16×16 words', ICLR 2021, arXiv:2010.11929.
 

@@ -42,8 +42,9 @@ class PretrainedText(nn.Module):
         self, name_or_path: str, lora: Adapters = None, frozen: bool = False, trust_remote_code: bool = False
     ) -> None:
         super().__init__()
-        self.network: Any = load_transformers("AutoModel", name_or_path, trust_remote_code)
-        self.out_features = int(self.network.config.hidden_size)
+        network = load_transformers("AutoModel", name_or_path, trust_remote_code)
+        self.network: nn.Module = network
+        self.out_features = int(network.config.hidden_size)
         train_only(self.network, lora, frozen)
 
     def forward(self, text: Tensor, mask: Tensor) -> Tensor:
@@ -81,8 +82,9 @@ class PretrainedImage(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.network: Any = load_transformers("AutoModel", name_or_path, trust_remote_code)
-        config = self.network.config
+        network = load_transformers("AutoModel", name_or_path, trust_remote_code)
+        self.network: nn.Module = network
+        config = network.config
         self.prepare = prepare_like(name_or_path, config.image_size, config.num_channels, mean, std)
         self.out_features = int(config.hidden_size)
         train_only(self.network, lora, frozen)
@@ -133,7 +135,7 @@ class PretrainedCLIP(nn.Module):
         modalities = ["image", "text"] if modalities is None else list(modalities)
         if not modalities or not set(modalities) <= {"image", "text"}:
             raise ValueError(f"modalities={modalities}: must be a list of image and text, or None")
-        network: Any = load_transformers("CLIPModel", name_or_path, trust_remote_code)
+        network = load_transformers("CLIPModel", name_or_path, trust_remote_code)
         self.embedding_dim = int(network.config.projection_dim)
         # The parts that are used: the logit scale, for one, would stay without a gradient.
         parts: dict[str, nn.Module] = {}

@@ -53,7 +53,7 @@ class TextBag(nn.Module):
 class TextTransformer(nn.Module):
     """A bidirectional transformer over tokens with learned positions; padding, on either side, changes nothing.
 
-    Vectors for V ids and the positions, and 12·F² parameters a block, nearly: 404,864 and 128·V with the defaults.
+    Vectors for V ids and the positions, and 12·F² parameters a block, nearly: 404,992 and 128·V with the defaults.
 
     Args:
         vocab_size: V.
