@@ -15,8 +15,8 @@ from torch import Tensor
 from trainerkit.errors import UserError
 from trainerkit.files import write_json
 from trainerkit.loading import read_json
+from trainerkit.nn.lora import Lora, add_lora
 from trainerkit.nn.weights import fill, read_weights
-from trainerkit.tasks.lm.lora import Lora, add_lora
 
 if TYPE_CHECKING:
     from trainerkit.tasks.lm.network import GPT

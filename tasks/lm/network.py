@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainerkit.nn.lora import Lora, add_lora, as_lora
 from trainerkit.tasks.lm.attention import CausalAttention, document_mask, document_positions, rotary_table
 from trainerkit.tasks.lm.block import Activation, Block, FeedForward, Norm, default_d_ff, make_norm
 from trainerkit.tasks.lm.cache import KeyValueCache
 from trainerkit.tasks.lm.huggingface import load_weights
-from trainerkit.tasks.lm.lora import Lora, add_lora, as_lora
 
 Positions = Literal["rope", "learned"]
 Head = Callable[[Tensor, Tensor], Any]

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tests.tasks import small_gpt
 from tests.tasks.small_gpt import tokens
 from trainerkit.errors import UserError
+from trainerkit.nn.lora import add_lora
 from trainerkit.tasks.lm import GPT, Lora, merge_lora, save_huggingface
 from trainerkit.tasks.lm.huggingface import from_huggingface, to_huggingface
-from trainerkit.tasks.lm.lora import add_lora
 
 GPT2 = {"positions": "learned", "activation": "gelu_tanh"}
 
@@ -280,7 +280,5 @@ def test_wrong_adapters_say_what_is_allowed(lora, message):
 
 def test_without_peft_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
-    with pytest.raises(
-        UserError, match=r"task.network.lora needs the package peft, which is not installed:\n  pip install"
-    ):
+    with pytest.raises(UserError, match=r"lora needs the package peft, which is not installed:\n  pip install"):
         gpt(lora={"r": 2})

@@ -16,7 +16,7 @@ from torch import nn
 from trainerkit.errors import either, nearest
 from trainerkit.extras import require
 
-_NEEDS = "task.network.lora"
+_NEEDS = "lora"
 
 
 @dataclass
