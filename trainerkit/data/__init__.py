@@ -1,5 +1,6 @@
 """Data modules of the default runs, one file per data set, and the loader they share."""
 
+from trainerkit.data.glyphs import Glyphs
 from trainerkit.data.indian_pines import IndianPines
 from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches
 from trainerkit.data.seeded import SeededSamples
@@ -9,6 +10,6 @@ from trainerkit.data.text import TextData
 from trainerkit.data.text_stream import TextStream
 
 __all__ = [
-    "ArrayDataset", "BatchLoader", "EpochBatches", "IndianPines", "SeededSamples", "SpectraData", "StdlibText",
-    "TextData", "TextStream", "snv",
+    "ArrayDataset", "BatchLoader", "EpochBatches", "Glyphs", "IndianPines", "SeededSamples", "SpectraData",
+    "StdlibText", "TextData", "TextStream", "snv",
 ]  # fmt: skip
