@@ -6,6 +6,8 @@ any batch, order or process, and nothing moves a global generator.
 Source: G. L. Steele, D. Lea, C. H. Flood, Fast splittable pseudorandom number generators, OOPSLA 2014 (SplitMix64).
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,9 +31,9 @@ def row_draws(seed: int, epoch: int, rows: Tensor, count: int, stream: int = 0) 
     """
     # Mixed by NumPy, or epoch 1 of seed 0 would be epoch 0 of seed 1.
     key = np.random.SeedSequence([seed, epoch, stream]).generate_state(1, np.uint64)
-    counter: NDArray[np.uint64] = rows[..., None].numpy().astype(np.uint64)
+    counter: NDArray[Any] = rows[..., None].numpy().astype(np.uint64)
     counter = counter * np.uint64(count) + np.arange(count, dtype=np.uint64)
-    mixed = _mixed(key + (counter + np.uint64(1)) * _GOLDEN)
+    mixed = _mixed(np.asarray(key + (counter + np.uint64(1)) * _GOLDEN, np.uint64))
     # 24 bits: what float32 has, so that none is rounded up to 1.
     return torch.from_numpy((mixed >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24))
 
