@@ -10,7 +10,7 @@ from types import ModuleType
 from trainerkit.errors import UserError
 
 # Packages whose import name is not their name on the registry.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "fontTools": "fonttools"}
 
 
 def require(module: str, purpose: str) -> ModuleType:

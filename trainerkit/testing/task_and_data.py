@@ -131,9 +131,9 @@ def _rows(data: LightningDataModule) -> dict[str, list[dict[str, Tensor]]]:
             train.sampler.set_epoch(epoch)
         found[f"train epoch {epoch}"] = list(train)
     for name in ("val_dataloader", "test_dataloader"):
-        loader: Any = getattr(data, name)() if is_overridden(name, data) else []
-        if len(loader):
-            found[name] = list(loader)
+        loaders: Any = getattr(data, name)() if is_overridden(name, data) else []
+        for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
+            found[f"{name} {number}"] = list(loader)
     return found
 
 
