@@ -60,8 +60,9 @@ def given_for(queries: Tensor, negatives: Tensor, owners: Tensor | None) -> Tens
 
 
 def joined(first: Tensor, *others: Tensor | None) -> Tensor:
-    """One after another; sequences of vectors are filled up with zeros, which are padding."""
+    """One after another, in float32 or wider; sequences of vectors are filled up with zeros, which are padding."""
     parts = [first, *(other for other in others if other is not None)]
+    parts = [part if part.dtype == torch.float64 else part.float() for part in parts]  # autocast joins no mixture
     if first.ndim == 3:
         longest = max(part.shape[1] for part in parts)
         parts = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]

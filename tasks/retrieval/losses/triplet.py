@@ -29,10 +29,12 @@ def triplet(similarities: Tensor, negative: Tensor, margin: float, mining: Minin
         mining: 'hard', the mean over the queries of the most alike negative's l_ij, 0 where there is none; or 'all',
             the mean of all l_ij that are above 0 (Hermans' 'batch all ≠ 0'), 0 where none is.
     """
+    if not len(similarities):
+        return similarities.sum()  # there is no largest of nothing
     differences = similarities - similarities.diagonal()[:, None]
     if mining == "hard":
         most = differences.masked_fill(~negative, -torch.inf).amax(1)
-        return (margin + most).relu().sum() / max(1, len(similarities))
+        return (margin + most).relu().mean()
     losses = torch.where(negative, (margin + differences).relu(), 0.0)
     return losses.sum() / (losses > 0).sum().clamp(min=1)
 
