@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support import ROOT, SMALL_MAE, smooth_spectra, trainerkit
+from trainerkit.cli import GROUPS
 
 
 def small(*arguments, folder, **options):
@@ -31,7 +32,7 @@ def finished(tmp_path_factory):
 def test_help_shows_groups_choices_and_examples_without_torch(tmp_path):
     answer = trainerkit("--help", cwd=tmp_path)
     assert answer.returncode == 0
-    for group in ("task", "data", "optimizer", "scheduler", "callbacks", "trainer", "logger", "experiment"):
+    for group in GROUPS:
         assert f"\n  {group}" in answer.stdout
     assert "callbacks=[default,NAME]" in answer.stdout
     assert "callbacks.NAME=null" in answer.stdout

@@ -25,6 +25,7 @@ from safetensors.torch import save
 
 from tests.support import SMALL_MAE, smooth_spectra
 from trainerkit.callbacks.best_weights import load_best_weights
+from trainerkit import cli
 from trainerkit.cli import answering, main
 from trainerkit.compose import _keys, compose_config
 from trainerkit.data.tables import check_finite, read_table
@@ -123,7 +124,7 @@ def _there(folder, monkeypatch):
 
 COMPOSED = compose_config(BASE)
 KEYS = sorted(_keys(COMPOSED))
-GROUPS = ["task", "data", "optimizer", "scheduler", "callbacks", "trainer", "logger", "experiment", "optimizer@task"]
+GROUPS = [*cli.GROUPS, "optimizer@task"]
 # Would start further processes, or build for hours what was asked for.
 LEFT_OUT = (
     "trainer.devices",

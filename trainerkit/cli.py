@@ -14,7 +14,7 @@ from trainerkit.errors import UserError, nearest
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-GROUPS = ("task", "data", "optimizer", "scheduler", "callbacks", "trainer", "logger", "experiment")
+GROUPS = ("task", "data", "loss", "optimizer", "scheduler", "callbacks", "trainer", "logger", "experiment")
 
 # Hydra's flags that are handed on, and whether a value follows.
 _FLAGS = {"-m": False, "--multirun": False, "--resolve": False} | dict.fromkeys(

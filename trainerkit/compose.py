@@ -1,5 +1,6 @@
 """From command-line overrides to a config, with every misspelling answered by the nearest right word."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +48,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
         try:
             return compose(CONFIG_NAME, overrides=chosen)
         except Exception as error:  # also ValueError and AssertionError, for what its grammar lets through
-            raise UserError(first_lines(error)) from error
+            raise _of_composing(error, parsed) from error
 
 
 def with_text_quoted(override: str) -> str:
@@ -171,13 +172,23 @@ def _check_keys(parsed: list[Override], chosen: list[str], groups: set[str]) -> 
     try:
         config = compose(CONFIG_NAME, overrides=[text for o, text in zip(parsed, chosen, strict=True) if is_choice(o)])
     except Exception as error:  # as above
-        raise UserError(first_lines(error)) from error
+        raise _of_composing(error, parsed) from error
     keys = list(_keys(config))
     for override in values:
         key = override.key_or_group
         if override.is_add() or override.is_force_add() or key in keys:
             continue
         raise UserError(f"{key}: there is no such key. {_suggestion(key, config, [*keys, *tops])}")
+
+
+def _of_composing(error: Exception, parsed: list[Override]) -> UserError:
+    """What Hydra could not compose; a group that only other tasks have is named in our own words."""
+    match = re.match(r"Could not override '([\w/]+)'", str(error))
+    if match:
+        given = {override.key_or_group: override.input_line for override in parsed}
+        task = str(given.get("task")).partition("=")[2]
+        return UserError(f"{given.get(match[1], match[1])}: the task {task} has no {match[1]} to choose.")
+    return UserError(first_lines(error))
 
 
 def _suggestion(key: str, config: DictConfig, keys: list[str]) -> str:
