@@ -8,13 +8,11 @@ Source: A. Radford et al., 'Learning transferable visual models from natural lan
 (arXiv:2103.00020), whose batches are gathered so.
 """
 
-from collections.abc import Sequence
-from itertools import chain
-
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+
+from trainerkit.tasks.retrieval.rows import padded
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -51,17 +49,3 @@ def _scaled_gradient(tensor: Tensor, factor: int) -> Tensor:
     view = tensor.view_as(tensor)  # not the tensor itself, which may be used elsewhere as well
     view.register_hook(lambda gradient: gradient * factor)
     return view
-
-
-def concatenated(pieces: Sequence[Tensor]) -> Tensor:
-    """The rows (B₁, …), (B₂, …) … of all pieces; zeros fill up the end where another dimension is shorter."""
-    largest = [max(sizes) for sizes in zip(*(piece.shape[1:] for piece in pieces), strict=True)]
-    return torch.cat([padded(piece, [len(piece), *largest]) for piece in pieces])
-
-
-def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The tensor with zeros at the end of each dimension that is shorter than in `shape`."""
-    missing = [wanted - there for wanted, there in zip(shape, tensor.shape, strict=True)]
-    if not any(missing):
-        return tensor
-    return F.pad(tensor, list(chain.from_iterable((0, number) for number in reversed(missing))))
