@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, seed_everything
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -503,7 +502,7 @@ def test_an_encoder_whose_output_has_other_rows_is_refused(output, found):
 def test_inputs_that_are_written_to_are_an_error(when, batch):
     encoder = Encoder()
     if when == "by the encoder":
-        encoder.register_forward_pre_hook(lambda module, inputs: inputs[0].mul_(2) and None)
+        encoder.inner.register_forward_pre_hook(lambda _, inputs: (inputs[0].mul_(2),))
     found = cached(encoder, batch[0])
     if when == "afterwards":
         batch[0].zero_()
@@ -514,8 +513,8 @@ def test_inputs_that_are_written_to_are_an_error(when, batch):
 def test_an_error_in_the_second_pass_leaves_random_state_and_buffers_as_they_were(batch):
     encoder = convolutions(nn.BatchNorm1d)
     found = cached(encoder, batch[0])
-    before = [torch.get_rng_state(), *(buffer.clone() for buffer in encoder.buffers())]
     encoder.append(nn.Linear(1, 1))
+    before = [torch.get_rng_state(), *(buffer.clone() for buffer in encoder.buffers())]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         found.sum().backward()
     assert all(map(torch.equal, before, [torch.get_rng_state(), *encoder.buffers()]))
@@ -587,19 +586,28 @@ def test_mixed_precision_of_the_trainer_is_near(tmp_path):
     assert ours["losses"][-1] < ours["losses"][0]
 
 
+class Reductions(Callback):
+    """Counts how often a parameter of so many numbers is reduced over the processes."""
+
+    def __init__(self):
+        self.counts = Counter()
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.strategy.model.register_comm_hook(None, self.reduce)
+
+    def reduce(self, _, bucket):
+        self.counts.update(parameter.numel() for parameter in bucket.parameters())
+        future = dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+
 def test_two_processes_equal_one_with_all_rows(tmp_path):
     """Losses and weights over two epochs, and one reduction a step of each parameter."""
 
     def work(rank):
-        counts = Counter()
-
-        def counting(_, bucket):
-            counts.update(parameter.numel() for parameter in bucket.parameters())
-            return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
-
-        strategy = DDPStrategy(process_group_backend="gloo", ddp_comm_hook=counting, ddp_comm_state=None)
-        result = fit(tmp_path, cached, 7, 0.0, True, devices=2, strategy=strategy)
-        return result | {"reductions": sorted(counts.items())}
+        reductions = Reductions()
+        result = fit(tmp_path, cached, 7, 0.0, True, devices=2, strategy="ddp", callbacks=[reductions])
+        return result | {"reductions": sorted(reductions.counts.items())}
 
     outcomes = two_processes(work, tmp_path)
     assert "error" not in outcomes[0], outcomes[0]
@@ -608,7 +616,7 @@ def test_two_processes_equal_one_with_all_rows(tmp_path):
     single = fit(tmp_path, whole, ROWS, 0.0)
     assert_same_run(result, single, tolerance=1e-12)
     sizes = Counter(parameter.numel() for parameter in Foreign(cached).parameters())
-    assert result["reductions"] == sorted((size, 8 * count) for size, count in sizes.items())
+    assert result["reductions"] == sorted([size, 8 * count] for size, count in sizes.items())
 
 
 def in_a_group(work, folder):
