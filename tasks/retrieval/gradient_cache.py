@@ -1,0 +1,252 @@
+"""Batches far larger than memory, for losses that compare the rows of a batch with each other: the gradient cache.
+
+A contrastive loss needs the embeddings of all rows at once, but not their activations. So the encoder goes over the
+batch in chunks without a graph; the loss is computed of all embeddings; and in the backward pass, when the gradient of
+the loss by each embedding has arrived, the encoder goes over the chunks again with a graph, and the gradient of each
+chunk is taken at once. The gradient is that of the whole batch; what stays in memory of a row is its embedding; the
+price is a second forward pass.
+
+    cache = GradientCache(chunk_size=32)
+    loss = info_nce(cache(encoder, queries), cache(encoder, documents))
+    loss.backward()
+
+Both passes are one node of autograd's graph, between the encoder's parameters and the embeddings. So optimization stays
+automatic, and a parameter is handed its gradient once a step: one reduction over processes, one call of its hooks.
+
+Source: L. Gao et al., 'Scaling deep contrastive learning batch size under memory limited setup', RepL4NLP 2021
+(arXiv:2101.06983).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from trainerkit.fsdp import is_cut
+from trainerkit.functional.random import random_state, set_random_state
+from trainerkit.tasks.retrieval.rows import concatenated, entries, number_of_rows, part
+
+
+class GradientCache:
+    """Calls encoders chunk by chunk; see `encode_in_chunks`.
+
+    Args:
+        chunk_size: rows whose activations are in memory at a time, 1 or more.
+
+    Raises:
+        ValueError: for another `chunk_size`.
+    """
+
+    def __init__(self, chunk_size: int = 32) -> None:
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: must be 1 or more")
+        self.chunk_size = chunk_size
+
+    def __call__(self, encoder: nn.Module, inputs: Any) -> Any:
+        """`encoder(inputs)` with its gradient, in the memory of a chunk."""
+        return encode_in_chunks(encoder, inputs, self.chunk_size)
+
+
+@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # the encoder alone is compiled, if it is
+def encode_in_chunks(encoder: nn.Module, inputs: Any, chunk_size: int) -> Any:
+    """`encoder(inputs)`, whose backward pass runs the encoder again, chunk by chunk.
+
+    Random numbers, autocast and the encoder's buffers are in the second pass what they were in the first, and after it
+    as if there had been none: dropout has the same masks, running statistics move once. Batch normalization normalizes
+    over a chunk. Parameters that are frozen, not reached, or not the encoder's own get no gradient; without trainable
+    ones, or under `torch.no_grad()`, there is no second pass. Parameters in pieces (FSDP2) are gathered by hooks of
+    their own, so there each chunk is a checkpointed forward pass instead, whose buffers change in both.
+
+    Args:
+        encoder: called with inputs of fewer rows; gives a tensor, or a tree of tensors, with as many rows.
+        inputs: tensors and lists with rows first, and None, in any nesting of dicts and tuples; not to be changed
+            before the backward pass.
+        chunk_size: rows of a chunk, 1 or more; the last may have fewer.
+
+    Returns:
+        What the encoder gives, of all rows; zeros fill up what is shorter in one chunk than in another.
+
+    Raises:
+        ValueError: for an encoder that is wrapped in DistributedDataParallel; for inputs without rows, with different
+            numbers of them, or that require a gradient; for outputs whose rows are not those of the inputs.
+        RuntimeError: in the backward pass, for inputs that were written to since they were given.
+    """
+    if isinstance(encoder, DistributedDataParallel):
+        raise ValueError(
+            "encoder: is wrapped in DistributedDataParallel; wrap the module that computes the loss, and give this one "
+            "bare"
+        )
+    rows = number_of_rows(inputs)
+    for name, value in entries(inputs):
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: requires a gradient; only the encoder's parameters get one")
+    if rows <= chunk_size:
+        return encoder(inputs)
+    parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    chunks = _Chunks(encoder, inputs, rows, chunk_size)
+    if not (parameters and torch.is_grad_enabled()):
+        leaves = chunks.joined()
+    elif is_cut(encoder):
+        leaves = chunks.joined(checkpointed=True)
+    else:
+        leaves = _TwoPasses.apply(chunks, *parameters)  # type: ignore[no-untyped-call]
+    return tree_unflatten(leaves, chunks.structure)
+
+
+class _Chunks:
+    """An encoder and a batch, chunk by chunk."""
+
+    def __init__(self, encoder: nn.Module, inputs: Any, rows: int, chunk_size: int) -> None:
+        self.encoder, self.inputs = encoder, inputs
+        self.slices = [slice(start, min(start + chunk_size, rows)) for start in range(0, rows, chunk_size)]
+        self.structure: Any = None
+
+    def joined(self, checkpointed: bool = False) -> list[Any]:
+        """The leaves of the encoder's output, of all rows."""
+        chunks = []
+        for rows in self.slices:
+            inputs = part(self.inputs, rows)
+            chunks.append(
+                checkpoint(self.leaves, inputs, rows, use_reentrant=False)
+                if checkpointed
+                else self.leaves(inputs, rows)
+            )
+        return [None if pieces[0] is None else concatenated(pieces) for pieces in zip(*chunks, strict=True)]
+
+    def leaves(self, inputs: Any, rows: slice) -> list[Any]:
+        """Those of one chunk."""
+        leaves, self.structure = tree_flatten(self.encoder(inputs))
+        number = rows.stop - rows.start
+        for leaf in leaves:
+            if leaf is not None and not (isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == number):
+                found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"encoder: gave {found} for {number} rows; must give tensors with as many rows")
+        return leaves
+
+
+class _TwoPasses(torch.autograd.Function):
+    """From an encoder's parameters to the leaves of its output."""
+
+    @staticmethod
+    def forward(ctx: Any, chunks: _Chunks, *parameters: Tensor) -> tuple[Any, ...]:
+        ctx.chunks, ctx.parameters = chunks, parameters
+        ctx.surroundings = _Surroundings(chunks)
+        ctx.set_materialize_grads(False)
+        leaves = chunks.joined()
+        # Before torch 2.10, weights that were cast without a graph would be taken where a graph is needed.
+        torch.clear_autocast_cache()
+        return tuple(leaves)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        sums: list[Tensor | None] = [None] * len(ctx.parameters)
+        with ctx.surroundings.restored(), _without_hooks(ctx.parameters):
+            for rows in ctx.chunks.slices:
+                with ctx.surroundings.autocast(), torch.enable_grad():
+                    leaves = ctx.chunks.leaves(part(ctx.chunks.inputs, rows), rows)
+                for place, gradient in enumerate(_gradients(leaves, ctx.parameters, gradients, rows)):
+                    sums[place] = _added(sums[place], gradient)
+        pairs = zip(sums, ctx.parameters, strict=True)
+        return None, *(None if total is None else total.to(parameter.dtype) for total, parameter in pairs)
+
+
+def _gradients(
+    leaves: Sequence[Any], parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], rows: slice
+) -> Sequence[Tensor | None]:
+    """The parameters' gradients by what a chunk adds, whose leaves' gradients are these rows of `gradients`."""
+    reached = [
+        (leaf, gradient[(rows, *map(slice, leaf.shape[1:]))])
+        for leaf, gradient in zip(leaves, gradients, strict=True)
+        if gradient is not None and leaf.requires_grad
+    ]
+    if not reached:
+        return []
+    outputs, cached = zip(*reached, strict=True)
+    return torch.autograd.grad(outputs, parameters, cached, allow_unused=True)
+
+
+def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """Their sum, in float32 or wider: in bfloat16 a sum of hundreds would lose what comes late."""
+    if gradient is None:
+        return total
+    if total is None:  # a copy, for the gradients of two parameters may be one tensor
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+    return total.add_(gradient)
+
+
+class _Surroundings:
+    """What a pass begins with beside its inputs and parameters, taken down before the first for the second."""
+
+    def __init__(self, chunks: _Chunks) -> None:
+        self._encoder, self._inputs = chunks.encoder, chunks.inputs
+        self._versions = _versions(chunks.inputs)
+        # Once for all chunks: both passes go over them in the same order.
+        self._random = random_state()
+        self._buffers = _copied_buffers(chunks.encoder)
+        devices = sorted({parameter.device.type for parameter in chunks.encoder.parameters()} | {"cpu"})
+        self._autocast: list[dict[str, Any]] = [
+            {
+                "device_type": device,
+                "enabled": torch.is_autocast_enabled(device),
+                "dtype": torch.get_autocast_dtype(device),
+                "cache_enabled": torch.is_autocast_cache_enabled(),
+            }
+            for device in devices
+            if torch.amp.is_autocast_available(device)
+        ]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Random state and buffers as they were then; afterwards as they are now."""
+        if _versions(self._inputs) != self._versions:
+            raise RuntimeError("inputs: were written to after they were given to the gradient cache")
+        random_now, buffers_now = random_state(), _copied_buffers(self._encoder)
+        set_random_state(self._random)
+        _set_buffers(self._encoder, self._buffers)
+        try:
+            yield
+        finally:
+            set_random_state(random_now)
+            _set_buffers(self._encoder, buffers_now)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Autocast as it was then: a backward pass runs outside of it, and on GPUs in another thread."""
+        with ExitStack() as stack:
+            for options in self._autocast:
+                stack.enter_context(torch.autocast(**options))
+            yield
+
+
+def _versions(inputs: Any) -> list[int]:
+    return [value._version for _, value in entries(inputs) if isinstance(value, Tensor) and not value.is_inference()]
+
+
+def _copied_buffers(encoder: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in encoder.named_buffers()}
+
+
+def _set_buffers(encoder: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, buffer in encoder.named_buffers():
+        if name in values and values[name].shape == buffer.shape:
+            buffer.data.copy_(values[name])  # .data: another graph may hold the buffer, and gets it back unchanged
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks are for the sum over all chunks, which goes through them afterwards."""
+    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
