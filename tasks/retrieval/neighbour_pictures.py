@@ -1,6 +1,7 @@
 """Pictures of queries and their neighbours. Needs matplotlib (extra `examples`)."""
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +43,15 @@ def draw(path: Path, answers: Sequence["Answer"], pictures: Mapping[tuple[str, i
             axis.set_title(f"{_short(neighbour.text, 18)}\n{neighbour.score:.3f}", fontsize=6)
             if neighbour.right:
                 axis.spines[:].set(visible=True, color=_RIGHT, linewidth=3)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # Its fonts have no letter for every text, and draw an empty box for it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary, dpi=_DPI, format="png")
 
 
 def _query(axis: Any, text: str, picture: Tensor | None) -> None:
     if picture is None:
-        lines = textwrap.fill(_short(text, 90), 18)
+        lines = textwrap.fill(shortened(text, 90), 18)
         axis.text(0.5, 0.5, _plain(lines), ha="center", va="center", fontsize=7, transform=axis.transAxes)
         return
     _picture(axis, picture)
@@ -65,8 +68,14 @@ def _picture(axis: Any, picture: Tensor) -> None:
     axis.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1)
 
 
+def shortened(text: str, width: int) -> str:
+    """A text on one line of at most `width` letters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
 def _short(text: str, width: int) -> str:
-    return _plain(textwrap.shorten(text, width, placeholder="…"))
+    return _plain(shortened(text, width))
 
 
 def _plain(text: str) -> str:

@@ -3,7 +3,6 @@
 python -m trainerkit task=retrieval stage=predict resume=RUN query='greek small letter' callbacks.neighbours.k=5
 """
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from trainerkit.extras import require
 from trainerkit.files import replacing, write_json
 from trainerkit.tasks.retrieval import neighbour_pictures
 from trainerkit.tasks.retrieval.metrics import EvaluationSet
+from trainerkit.tasks.retrieval.neighbour_pictures import shortened
 from trainerkit.tasks.retrieval.rows import PredictedRows, first_of_each, of_all_ranks
 from trainerkit.tasks.retrieval.search import top_k
 
@@ -172,8 +172,7 @@ class Neighbours(Callback):
                 chosen, (corpus[once], positives[once]), self.k, _data(trainer),
                 keys=(mine["keys"][spread], keys[once]), device=device,
             )  # fmt: skip
-        answers = trainer.strategy.broadcast(answers)
-        return answers
+        return trainer.strategy.broadcast(answers)
 
     def _write(self, trainer: Trainer, name: str, answers: list[Answer], loader: Any) -> None:
         folder = Path(trainer.default_root_dir) / "neighbours"
@@ -242,10 +241,10 @@ def pictures_of(loader: Iterable[dict[str, Tensor]], answers: Sequence[Answer]) 
 
 def as_text(answer: Answer, marks: bool = True) -> str:
     """A line for the query, if it has a text, and one for each neighbour; `marks` puts a * before the right ones."""
-    lines = [textwrap.shorten(answer.text, _WIDTH, placeholder=" …")] if answer.text else []
+    lines = [shortened(answer.text, _WIDTH)] if answer.text else []
     for place, neighbour in enumerate(answer.neighbours, 1):
         mark = ("* " if neighbour.right else "  ") if marks else ""
-        text = textwrap.shorten(neighbour.text, _WIDTH, placeholder=" …")
+        text = shortened(neighbour.text, _WIDTH)
         lines.append(f"  {mark}{place:>3}  {neighbour.score:6.3f}  row {neighbour.row}: {text}")
     return "\n".join(lines) + "\n"
 
