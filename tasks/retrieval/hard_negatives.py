@@ -7,7 +7,7 @@ is almost as similar as the positive is probably a positive that nobody marked.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -132,7 +132,6 @@ def _check(k: int, rank_start: int, rank_stop: int, margin: float | None, sample
         raise ValueError(f"sample={sample}: must be top or random")
 
 
-@runtime_checkable
 class Embeds(Protocol):
     """A module that embeds a side of a batch, as `RetrievalTask` does."""
 
@@ -220,9 +219,9 @@ class HardNegatives(Callback):
         if stage != "fit":
             return
         data: Any = getattr(trainer, "datamodule", None)
-        if not isinstance(pl_module, Embeds):
+        if not callable(getattr(pl_module, "embed", None)):
             raise ValueError(f"task={type(pl_module).__name__}: HardNegatives needs a method embed(batch, side)")
-        if not hasattr(data, "mining_dataloader"):
+        if not callable(getattr(data, "mining_dataloader", None)):
             raise ValueError(f"data={type(data).__name__}: HardNegatives needs a method mining_dataloader()")
         if not isinstance(getattr(data, "train_dataset", None), TakesMined):
             raise ValueError(f"data={type(data).__name__}: HardNegatives needs a train_dataset with set_mined(rows)")
@@ -262,7 +261,7 @@ class HardNegatives(Callback):
     def _mine(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         assert self._data is not None
         with as_it_was(pl_module):
-            rows = embedded(trainer, pl_module, self._data.mining_dataloader())
+            rows = embedded(trainer, cast(Embeds, pl_module), self._data.mining_dataloader())
         everybodys = {name: of_all_ranks(part) for name, part in rows.items() if name != "query"}
         once = first_of_each(everybodys["index"])
         everybodys = {name: part[once] for name, part in everybodys.items()}
@@ -286,7 +285,7 @@ class HardNegatives(Callback):
         return of_all_ranks(mined)[once]
 
 
-def embedded(trainer: Trainer, pl_module: Any, loader: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def embedded(trainer: Trainer, pl_module: Embeds, loader: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """`index`, `query` and `positive` of a loader's rows, and `label` where there is one, on the host."""
     parts: dict[str, list[Tensor]] = {}
     for given in loader:
