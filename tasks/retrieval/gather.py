@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainerkit.tasks.retrieval.rows import padded
+from trainerkit.tasks.retrieval.trees import padded
 
 
 def gather(tensor: Tensor) -> Tensor:

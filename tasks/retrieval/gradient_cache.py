@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainerkit.fsdp import is_cut
 from trainerkit.functional.random import random_state, set_random_state
-from trainerkit.tasks.retrieval.rows import concatenated, entries, number_of_rows, part
+from trainerkit.tasks.retrieval.trees import concatenated, entries, number_of_rows, part
 
 
 class GradientCache:

@@ -1,66 +1,67 @@
-"""Batches as trees whose leaves have rows first: how many, a part of them, and parts put together again."""
+"""Rows that batches and processes give: put together, each once, in the order of their numbers."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def entries(inputs: Any, name: str = "inputs") -> Iterator[tuple[str, Any]]:
-    """The tensors and lists of a tree of dicts, tuples and None, with the way to them.
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (B, …) one after the other; of (B, T, D) the shorter ones get vectors of zeros, which are padding."""
+    if parts[0].ndim == 3:
+        longest = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]
+    return torch.cat(list(parts))
 
-    A list has an entry for each row, whatever that is: a text, a list of numbers, a tensor.
 
-    Raises:
-        ValueError: for anything else.
+def of_all_ranks(rows: Tensor) -> Tensor:
+    """The rows (B, …) of all processes in the order of their ranks, on the host; each may have another number of them.
+
+    Without a process group it gives them back as they are.
     """
-    if isinstance(inputs, Mapping | tuple):
-        for key, value in inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs):
-            yield from entries(value, f"{name}[{key!r}]")
-    elif isinstance(inputs, list) or (isinstance(inputs, Tensor) and inputs.ndim):
-        yield name, inputs
-    elif inputs is not None:
-        raise ValueError(f"{name}={inputs!r}: must be a tensor or a list with rows first, or None")
+    rows = rows.detach().cpu()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    gathered: list[Tensor] = [rows] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, rows)
+    return joined(gathered)
 
 
-def number_of_rows(inputs: Any) -> int:
-    """How many rows every tensor and list of a tree has.
-
-    Raises:
-        ValueError: if there is none, or they differ.
-    """
-    lengths = [(name, len(value)) for name, value in entries(inputs)]
-    if not lengths:
-        raise ValueError("inputs: must hold a tensor or a list with rows first")
-    first, rows = lengths[0]
-    for name, length in lengths:
-        if length != rows:
-            raise ValueError(f"{name}: has {length} rows, and {first} has {rows}; must have as many")
-    return rows
+def first_of_each(numbers: Tensor) -> Tensor:
+    """Where each number of (B,) stands first, (U,), in ascending order of the numbers."""
+    ordered, order = numbers.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return order[first]
 
 
-def part(inputs: Any, rows: slice) -> Any:
-    """The same tree with these rows alone."""
-    if isinstance(inputs, Mapping):
-        return type(inputs)({key: part(value, rows) for key, value in inputs.items()})  # type: ignore[call-arg]
-    if isinstance(inputs, tuple):
-        parts = [part(value, rows) for value in inputs]
-        return type(inputs)(*parts) if hasattr(inputs, "_fields") else tuple(parts)
-    return None if inputs is None else inputs[rows]
+def on_host(embeddings: Tensor) -> Tensor:
+    """A copy without its graph, on the host, in float32 or float64."""
+    return embeddings.detach().to("cpu", torch.promote_types(embeddings.dtype, torch.float32), copy=True)
 
 
-def concatenated(pieces: Sequence[Tensor]) -> Tensor:
-    """The rows (B₁, …), (B₂, …) … of all pieces; zeros fill up the end where another dimension is shorter."""
-    largest = [max(sizes) for sizes in zip(*(piece.shape[1:] for piece in pieces), strict=True)]
-    return torch.cat([padded(piece, [len(piece), *largest]) for piece in pieces])
+class PredictedRows:
+    """Collects what `predict_step` returns: `index` (B,) and `embedding` (B, D) or (B, T, D)."""
 
+    def __init__(self) -> None:
+        self._index: list[Tensor] = []
+        self._embedding: list[Tensor] = []
 
-def padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The tensor with zeros at the end of each dimension that is shorter than in `shape`."""
-    missing = [wanted - there for wanted, there in zip(shape, tensor.shape, strict=True)]
-    if not any(missing):
-        return tensor
-    return F.pad(tensor, list(chain.from_iterable((0, number) for number in reversed(missing))))
+    def add(self, outputs: Mapping[str, Tensor]) -> None:
+        """Take a batch to the host.
+
+        Raises:
+            ValueError: if one of the two is missing.
+        """
+        missing = [name for name in ("index", "embedding") if name not in outputs]
+        if missing:
+            raise ValueError(f"predict_step: must return a dict of tensors with '{missing[0]}', got {sorted(outputs)}")
+        self._index.append(outputs["index"].cpu())
+        self._embedding.append(on_host(outputs["embedding"]))
+
+    def of_all_ranks(self) -> tuple[Tensor, Tensor]:
+        """Index and embeddings of all processes, each row once, in the order of `index`."""
+        index, embedding = of_all_ranks(joined(self._index)), of_all_ranks(joined(self._embedding))
+        once = first_of_each(index)
+        return index[once], embedding[once]
