@@ -214,13 +214,13 @@ def test_hidden_matrices_are_muons_and_all_else_adamws():
     names = {id(p): name for name, p in net.named_parameters()}
     first, *others = make_optimizer(partial(Muon, weight_decay=0.3), net).param_groups
     assert {names[id(p)] for p in first["params"]} == {
-        "layers.0.weight", "layers.2.weight", "layers.3.weight", "heads_of_attention.in_proj_weight",
-        "conv.weight", "heads_of_attention.out_proj.weight",
+        "layers.0.weight", "layers.2.weight", "layers.3.weight", "conv.weight", "heads_of_attention.in_proj_weight",
+        "heads_of_attention.out_proj.weight",
     }  # fmt: skip
     assert (first["muon"], first["weight_decay"]) == (True, 0.3)
     assert [(group["muon"], group["weight_decay"]) for group in others] == [(False, 0.3), (False, 0.0)]
     assert {names[id(p)] for p in others[0]["params"]} == {
-        "output.weight", "lm_head.weight", "head.0.weight", "conv.weight",
+        "output.weight", "lm_head.weight", "head.0.weight",
     }  # fmt: skip
     grouped = [id(p) for group in (first, *others) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in net.parameters() if p.requires_grad)

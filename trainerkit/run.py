@@ -136,10 +136,11 @@ def _build_all(
 
     def ask(name: str) -> Any:
         try:
-            return _ask(data, name)
+            value = _ask(data, name)
         except UserError as error:
             refused.append(error)  # OmegaConf would wrap it; the data's own words say more
             raise
+        return OmegaConf.create(value) if isinstance(value, list) else value  # what it allows in a config
 
     OmegaConf.register_new_resolver("data_module", ask, replace=True)
     try:

@@ -43,6 +43,14 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
+def first_row(tensor: Tensor) -> int:
+    """Where this process' rows (B, …) begin in what `gather` makes of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    numbers = gather(torch.tensor([len(tensor)], device=tensor.device))
+    return int(numbers[: dist.get_rank()].sum())
+
+
 def _scaled_gradient(tensor: Tensor, factor: int) -> Tensor:
     if not (tensor.requires_grad and torch.is_grad_enabled()):
         return tensor

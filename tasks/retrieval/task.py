@@ -8,6 +8,7 @@ limited setup', RepL4NLP 2021 (arXiv:2101.06983).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
-from trainerkit.tasks.retrieval.distillation import Distillation, Teacher
-from trainerkit.tasks.retrieval.gather import gather, rank_offset
+from trainerkit.tasks.retrieval.distillation import Distillation
+from trainerkit.tasks.retrieval.gather import first_row, gather
 from trainerkit.tasks.retrieval.gradient_cache import GradientCache
 from trainerkit.tasks.retrieval.losses import InfoNCE
 from trainerkit.tasks.retrieval.metrics import EvaluationSet
 from trainerkit.tasks.retrieval.similarity import normalized
+from trainerkit.tasks.retrieval.teacher import Teacher
 
 Side = Literal["query", "positive", "negatives"]
 _INPUTS = ("image", "text", "text_mask")
@@ -37,7 +39,8 @@ class RetrievalTask(Task):
     Logged: `train/loss`, `val/loss`, `test/loss`; and of each whole evaluation set `val/SET/recall@1` and the like (see
     `EvaluationSet`), and their means over the sets `val/recall@1`, ….
 
-    Predicted, for each row: `index`, and `query` and `positive`, what the row has of them, of length 1.
+    Predicted, for each row: `index`, `embedding` (B, D) of its positive, and `query` (B, D) of its query; of rows
+    with a query alone `embedding` is the query's. All are of length 1.
 
     Args:
         encoder: makes vectors (B, D), or (B, T, D) for late interaction, from a dict with `image`, `text` and
@@ -107,11 +110,6 @@ class RetrievalTask(Task):
             self.trainer.val_check_interval = self.eval_steps * self.trainer.accumulate_grad_batches
             self.trainer.check_val_every_n_epoch = None
 
-    def on_fit_start(self) -> None:
-        """The teacher goes where the student is."""
-        if self._teacher is not None:
-            self._teacher.to(self.device)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Encode in chunks, gather from all processes, compare everything with everything."""
         loss, *_ = self._loss_of(batch)
@@ -129,8 +127,9 @@ class RetrievalTask(Task):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Embeddings of length 1 of what each row has."""
         sides: tuple[Side, ...] = ("query", "positive")
-        found = {side: normalized(self.embed(batch, side)) for side in sides if parts_of(batch, side)}
-        return {"index": batch["index"], **found}
+        found = {side: normalized(self.embed(batch, side)).float() for side in sides if parts_of(batch, side)}
+        embedding = found.pop("positive", None)
+        return {"index": batch["index"], "embedding": found.pop("query") if embedding is None else embedding, **found}
 
     def embed(self, batch: Mapping[str, Tensor], side: Side) -> Tensor:
         """Embeddings (B, D) of one side of a batch, (B · K, D) of its negatives, as the encoder gives them.
@@ -158,38 +157,41 @@ class RetrievalTask(Task):
         self._log_sets("test")
         super().on_test_epoch_end()
 
-    def _loss_of(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-        """The loss of the batch of all processes, and what this process embedded: queries, positives, negatives."""
-        found = parts_of(batch, "positive")
-        mine = self._encode("positive", found)
-        positives = gather(mine)
-        negatives, owners = self._negatives(batch)
-        given = {name: gather(batch[key]) for name, key in (("labels", "label"), ("scores", "score")) if key in batch}
-        if negatives is not None:
-            given["owners"] = gather(owners + rank_offset(len(mine), mine.device))
-        every = None if negatives is None else gather(negatives)
-        taught = self._taught(batch, "positive", found)
-        views = self._views(parts_of(batch, "query"))
-        queries = [self._encode("query", view) for view in views]
-        losses = []
-        for view, embedded in zip(views, queries, strict=True):
-            asked = gather(embedded)
-            loss = self.loss(asked, positives, every, **given)
-            if taught is not None:
-                loss = self._distillation(loss, asked, positives, self._taught(batch, "query", view), taught)
-            losses.append(loss)
-        return torch.stack(losses).mean(), queries, mine, negatives
+    @property
+    def evaluation_sets(self) -> list[EvaluationSet]:
+        """What the running evaluation has embedded, an evaluation set for each loader; callbacks look at them."""
+        return list(self._evaluated.values())
 
-    def _negatives(self, batch: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        """Embeddings (M, D) of the explicit negatives of all rows, and the row (M,) that each was given for."""
+    def _loss_of(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, "_Embedded"]:
+        """The loss of the batch of all processes, and what this process embedded."""
+        mine = self._embedded(batch)
+        positives = gather(mine.positives)
+        options = {name: gather(batch[key]) for name, key in (("labels", "label"), ("scores", "score")) if key in batch}
+        negatives = None
+        if mine.negatives is not None:
+            negatives = gather(mine.negatives)
+            options["owners"] = gather(mine.owners + first_row(mine.positives))
+        taught = self._taught(batch, "positive", parts_of(batch, "positive"))
+        losses = []
+        for inputs, embeddings in mine.queries:
+            queries = gather(embeddings)
+            loss = self.loss(queries, positives, negatives, **options)
+            if taught is not None:
+                loss = self._distillation(loss, queries, positives, self._taught(batch, "query", inputs), taught)
+            losses.append(loss)
+        return torch.stack(losses).mean(), mine
+
+    def _embedded(self, batch: Mapping[str, Tensor]) -> "_Embedded":
+        positives = self._encode("positive", parts_of(batch, "positive"))
+        queries = [(inputs, self._encode("query", inputs)) for inputs in self._views(parts_of(batch, "query"))]
         inputs = parts_of(batch, "negatives")
-        rows = torch.arange(len(batch["index"]), device=batch["index"].device)
         if not inputs:
-            return None, rows
+            return _Embedded(queries, positives)
         number = next(iter(inputs.values())).shape[1]
-        there = batch.get("negatives_mask", torch.ones(len(rows), number, dtype=torch.bool, device=rows.device))
-        owners = rows[:, None].expand_as(there)[there]
-        return self._encode("negatives", {name: part[there] for name, part in inputs.items()}), owners
+        rows = torch.arange(len(positives), device=positives.device)
+        there = batch.get("negatives_mask", rows.new_ones(len(rows), number, dtype=torch.bool))
+        negatives = self._encode("negatives", {name: part[there] for name, part in inputs.items()})
+        return _Embedded(queries, positives, negatives, rows[:, None].expand_as(there)[there])
 
     def _views(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The queries of a batch: one of all its parts, or one of each."""
@@ -201,35 +203,44 @@ class RetrievalTask(Task):
         if not inputs:
             raise ValueError(f"batch: has no {side}_image and no {side}_text")
         encoder = self.encoder if side == "query" or self.candidate_encoder is None else self.candidate_encoder
-        if self._chunked is None:
-            embeddings: Tensor = encoder(inputs)
-        else:
-            embeddings = self._chunked(encoder, inputs)
+        embeddings: Tensor = encoder(inputs) if self._chunked is None else self._chunked(encoder, inputs)
         return embeddings
 
-    def _taught(self, batch: Mapping[str, Tensor], side: Side, inputs: dict[str, Tensor]) -> Tensor | None:
+    def _taught(self, batch: Mapping[str, Tensor], side: Literal["query", "positive"], inputs: Any) -> Tensor | None:
         if self._teacher is None or not self.training:
             return None
-        return gather(self._teacher(inputs, batch["index"], side))
+        return gather(self._teacher.embed(inputs, side, batch["index"]))
 
     def _evaluate(self, stage: str, batch: Mapping[str, Tensor], dataloader_idx: int) -> None:
-        loss, queries, positives, negatives = self._loss_of(batch)
+        loss, mine = self._loss_of(batch)
         self.track(f"{stage}/loss", loss, weight=len(batch["index"]))
         names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", None)
         name = names[dataloader_idx] if names else f"set{dataloader_idx}"
-        for view, embedded in zip(("", "_text"), queries, strict=False):
-            found = self._evaluated.setdefault(name + view, EvaluationSet(self.ks))
-            found.add(batch["index"], embedded, positives, labels=batch.get("label"), negatives=negatives)
+        found = self._evaluated.setdefault(name, EvaluationSet(self.ks))
+        # Of queries that are separate the first, the pictures; a set of texts has them as its only queries.
+        queries = mine.queries[0][1]
+        found.add(batch["index"], queries, mine.positives, batch.get("label"), mine.negatives, mine.owners)
 
     def _log_sets(self, stage: str) -> None:
-        found = {name: evaluated.compute(self.trainer.strategy) for name, evaluated in self._evaluated.items()}
-        self._evaluated = {}  # all embeddings of all sets
+        found = {name: evaluated.compute(device=self.device) for name, evaluated in self._evaluated.items()}
+        self._evaluated = {}  # embeddings of whole sets
         for metric in next(iter(found.values()), {}):
             values = [metrics[metric] for metrics in found.values()]
             self.log(f"{stage}/{metric}", sum(values) / len(values), prog_bar=metric == "mrr")
             if len(found) > 1:
                 for name, metrics in found.items():
                     self.log(f"{stage}/{name}/{metric}", metrics[metric])
+
+
+@dataclass
+class _Embedded:
+    """What one process embedded of a batch: queries, of each view its inputs and (B, D); positives (B, D); explicit
+    negatives (M, D) and the row of the batch (M,) that each was given for."""
+
+    queries: list[tuple[dict[str, Tensor], Tensor]]
+    positives: Tensor
+    negatives: Tensor | None = None
+    owners: Tensor | None = None
 
 
 def parts_of(batch: Mapping[str, Tensor], side: Side) -> dict[str, Tensor]:
