@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save
 
 from tests.support import SMALL_MAE, smooth_spectra
-from trainerkit.callbacks.best_weights import load_best_weights
 from trainerkit import cli
+from trainerkit.callbacks.best_weights import load_best_weights
 from trainerkit.cli import answering, main
 from trainerkit.compose import _keys, compose_config
 from trainerkit.data.tables import check_finite, read_table
