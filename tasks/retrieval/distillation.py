@@ -8,8 +8,7 @@ s_i and t_i are the i-th rows of the student's and the teacher's similarities of
 
 Source: G. Hinton et al., 'Distilling the knowledge in a neural network', 2015 (arXiv:1503.02531). There T divides
 logits; here these are c times cosines. With c = 20, the 1/τ of InfoNCE's 0.05, and T = 4 cosines are divided by 0.2:
-the teacher's rows are softer than the task's, but not flat. They would be flat if T divided the cosines themselves, which
-lie within −1 … 1.
+the teacher's rows are softer than the task's, but not flat. They would be flat if T divided the cosines themselves.
 
 N: queries, D: width.
 """

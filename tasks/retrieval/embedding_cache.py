@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,7 +63,6 @@ class EmbeddingCache:
     def __init__(self, folder: str | Path, dtype: CacheDtype = "float16") -> None:
         self.folder = Path(folder)
         self.dtype = np.dtype(dtype)
-        self._files: dict[tuple[str, int], FileIO] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -75,19 +74,21 @@ class EmbeddingCache:
         Returns:
             A bool for each row, and (number there, D), or None where none is.
         """
-        width = self._width(side)
-        if width is None:
+        known = self._found(side)
+        if known is None:
             return [False] * len(rows), None
-        size, file = self._record_bytes(width), self._file(side, width)
+        path, width = known
+        size = self._record_bytes(width)
         found, embeddings = [], []
-        for row, expected in zip(rows, fingerprints, strict=True):
-            file.seek(row * size)
-            record = file.read(size)
-            body, checksum = record[:-_CHECKSUM_BYTES], record[-_CHECKSUM_BYTES:]
-            there = len(record) == size and body[-_FINGERPRINT_BYTES:] == _bytes(expected)
-            found.append(there and checksum == _checksum(body))
-            if found[-1]:
-                embeddings.append(np.frombuffer(body, self.dtype, width))
+        with FileIO(path) as file:
+            for row, expected in zip(rows, fingerprints, strict=True):
+                file.seek(row * size)
+                record = file.read(size)
+                body, checksum = record[:-_CHECKSUM_BYTES], record[-_CHECKSUM_BYTES:]
+                there = len(record) == size and body[-_FINGERPRINT_BYTES:] == _bytes(expected)
+                found.append(there and checksum == _checksum(body))
+                if found[-1]:
+                    embeddings.append(np.frombuffer(body, self.dtype, width))
         return found, np.stack(embeddings) if embeddings else None
 
     def write(self, side: str, rows: Sequence[int], fingerprints: Sequence[int], embeddings: np.ndarray) -> np.ndarray:
@@ -98,34 +99,23 @@ class EmbeddingCache:
         """
         embeddings = np.ascontiguousarray(embeddings, self.dtype)
         width = embeddings.shape[1]
+        path = self.folder / f"{side}-{width}.{self.dtype.name}"
         try:
-            file = self._file(side, width)
-            for row, known_by, embedding in zip(rows, fingerprints, embeddings, strict=True):
-                body = embedding.tobytes() + _bytes(known_by)
-                file.seek(row * self._record_bytes(width))
-                file.write(body + _checksum(body))
+            path.touch()
+            with FileIO(path, "r+") as file:
+                for row, known_by, embedding in zip(rows, fingerprints, embeddings, strict=True):
+                    body = embedding.tobytes() + _bytes(known_by)
+                    file.seek(row * self._record_bytes(width))
+                    file.write(body + _checksum(body))
         except OSError as error:
             raise self._cannot_write(error) from error
         return embeddings
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy, or another process, opens them itself: a shared position would mix records up.
-        return vars(self) | {"_files": {}}
-
-    def _width(self, side: str) -> int | None:
-        """Of the embeddings that are kept of a side; one encoder has one."""
-        for known_side, width in self._files:
-            if known_side == side:
-                return width
-        names = [path.name for path in self.folder.glob(f"{side}-*.{self.dtype.name}")]
-        return int(names[0].removeprefix(f"{side}-").partition(".")[0]) if names else None
-
-    def _file(self, side: str, width: int) -> FileIO:
-        if (side, width) not in self._files:
-            path = self.folder / f"{side}-{width}.{self.dtype.name}"
-            path.touch()
-            self._files[side, width] = FileIO(path, "r+b")
-        return self._files[side, width]
+    def _found(self, side: str) -> tuple[Path, int] | None:
+        """The file of a side and its width; one encoder has one."""
+        for path in self.folder.glob(f"{side}-*.{self.dtype.name}"):
+            return path, int(path.stem.removeprefix(f"{side}-"))
+        return None
 
     def _record_bytes(self, width: int) -> int:
         return width * self.dtype.itemsize + _FINGERPRINT_BYTES + _CHECKSUM_BYTES
