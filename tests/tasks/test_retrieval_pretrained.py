@@ -1,6 +1,5 @@
 """Backbones that others have trained, tiny ones, written to disk by their own library and loaded from there."""
 
-import importlib.util
 import json
 import sys
 
@@ -305,19 +304,8 @@ def test_a_scale_that_does_not_fit_is_refused(options, message):
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm, beside a torchvision whose operators were built for CUDA; timm uses none of them."""
-    pytest.importorskip("timm.version")
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm
-
-    return timm
+    """Needs torchvision, of which a build for another torch breaks at its import."""
+    return pytest.importorskip("timm", exc_type=ImportError)
 
 
 TINY = {"img_size": SIZE, "patch_size": 4, "depth": 1, "embed_dim": WIDTH, "num_heads": 2}
@@ -363,9 +351,10 @@ def sentences(bert, tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sentences")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w1"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w1").save_pretrained(source)
+    ids = {"<pad>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(source)
     bert[0].save_pretrained(source)
     network = package.SentenceTransformer(str(source), device="cpu")
     network.save(str(folder))
