@@ -10,7 +10,12 @@ from types import ModuleType
 from trainerkit.errors import UserError
 
 # Packages whose import name is not their name on the registry.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "fontTools": "fonttools"}
+_DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "fontTools": "fonttools",
+    "sentence_transformers": "sentence-transformers",
+    "sklearn": "scikit-learn",
+}
 
 
 def require(module: str, purpose: str) -> ModuleType:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainerkit.tasks.retrieval.similarity import normalized, similarity
 
@@ -69,7 +69,7 @@ def embedding_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return squares.sum() / max(1, squares.numel())
 
 
-class Distillation:
+class Distillation(nn.Module):
     """The task's loss and the distillation's in one; formulas at the top. Holds no parameters.
 
     Args:
@@ -90,12 +90,13 @@ class Distillation:
             raise ValueError(f"kind={kind}: must be kl or mse")
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale={scale}: must be above 0")
+        super().__init__()
         self.weight = weight
         self.temperature = temperature
         self.kind: Kind = kind
         self.scale = scale
 
-    def __call__(
+    def forward(
         self,
         task_loss: Tensor,
         student_queries: Tensor,

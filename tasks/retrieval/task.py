@@ -70,7 +70,7 @@ class RetrievalTask(Task):
         queries: Literal["together", "separate"] = "together",
         gradient_cache: bool = True,
         gradient_cache_chunk_size: int = 32,
-        teacher: nn.Module | Teacher | None = None,
+        teacher: nn.Module | None = None,
         distillation: Distillation | None = None,
         eval_steps: int = 0,
         ks: Sequence[int] = (1, 5, 10),
@@ -92,7 +92,7 @@ class RetrievalTask(Task):
         self.eval_steps = eval_steps
         self.ks = tuple(ks)
         self._chunked = GradientCache(gradient_cache_chunk_size) if gradient_cache else None
-        self._teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self._teacher = teacher if isinstance(teacher, Teacher) or teacher is None else Teacher(teacher)
         self._distillation = Distillation() if distillation is None else distillation
         self._evaluated: dict[str, EvaluationSet] = {}
 

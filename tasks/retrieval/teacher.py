@@ -18,12 +18,12 @@ Precision = Literal["float32", "bfloat16", "float16"]
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class Teacher:
+class Teacher(nn.Module):
     """Any encoder as a teacher: frozen, in eval mode, without a graph, in its own precision.
 
-    It is no `nn.Module`, so a task that holds one does not own it: its weights are not among the task's parameters, in
-    its state dict, checkpoints and optimizer; `task.train()` and the strategy's wrappers do not reach it. It goes to
-    the device of what it is asked about.
+    A task that holds one does not own its weights: they are not among the task's parameters, in its state dict,
+    checkpoints and optimizer; `task.train()` and the strategy's wrappers do not reach the encoders. They go to the
+    device of what they are asked about.
 
     A cache is right where a row has the same input in each epoch: no random augmentation before the teacher. If it has
     not, nothing wrong comes out, since each record is known by its input too, but every step embeds and writes anew.
@@ -61,7 +61,8 @@ class Teacher:
             raise ValueError(f"dtype={dtype}: must be float32, bfloat16 or float16, or null for the encoder's own")
         if cache_dtype not in ("float16", "float32"):
             raise ValueError(f"cache_dtype={cache_dtype}: must be float16 or float32")
-        self._towers = {"encoder": encoder}
+        super().__init__()
+        self._towers = {"encoder": encoder}  # a plain dict, which registers nothing
         if candidate_encoder is not None:
             self._towers["candidate_encoder"] = candidate_encoder
         if weights is not None:

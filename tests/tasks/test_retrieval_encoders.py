@@ -259,7 +259,7 @@ def test_a_composed_row_is_what_combine_says():
                 expected = image[row] + text[row]
             else:
                 layer = encoder.combine.layer
-                expected = layer.weight @ torch.tensor([*image[row], *text[row]], dtype=torch.float64) + layer.bias
+                expected = layer.weight @ torch.cat([image[row], text[row]]) + layer.bias
             if kind == "gated":
                 share = 1 / (1 + (-expected).exp())
                 expected = share * image[row] + (1 - share) * text[row]
