@@ -73,9 +73,10 @@ def _top_of(tiles: "_Tiles", part: slice, k: int) -> tuple[Tensor, Tensor]:
 
 def _first_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, of equal ones the first; in the order of the columns."""
-    values, where = scores.topk(k, dim=1)
-    # topk takes any of those that equal the last; only rows with too many of them need the slow way.
-    tied = (scores >= values[:, -1:]).count_nonzero(1) > k
+    values, where = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    # topk takes any of those that equal the last; only rows where the next one does too need the slow way.
+    tied = values[:, k - 1] == values[:, -1] if values.shape[1] > k else values.new_zeros(len(values)).bool()
+    where = where[:, :k]
     if tied.any():
         where[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     where = where.sort(dim=1).values

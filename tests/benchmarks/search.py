@@ -64,7 +64,9 @@ def main(rounds: int = 3) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     names = [search.__name__ for search in CONTENDERS]
-    print(f"\n{QUERIES:,} queries, width {WIDTH}, float32: memory in MiB and seconds of {', '.join(names)}; tiled/plain")
+    print(
+        f"\n{QUERIES:,} queries, width {WIDTH}, float32: memory in MiB and seconds of {', '.join(names)}; tiled/plain"
+    )
     for candidates in CANDIDATES:
         peaks, seconds = measure(candidates, rounds)
         mebibytes = " ".join(f"{peak / 2**20:8.1f}" for peak in peaks)

@@ -40,9 +40,7 @@ def test_what_is_mined_equals_a_loop(margin, labels, start, stop):
     queries, candidates = drawn(9, 5), drawn(21, 5, seed=1)
     own = torch.tensor([3, 0, 20, 7, 7, 1, 12, 13, 2])
     of_label = None if labels is None else torch.arange(21) % labels
-    found = mine(
-        queries, candidates, 3, own_rows=own, labels=of_label, rank_start=start, rank_stop=stop, margin=margin
-    )
+    found = mine(queries, candidates, 3, own_rows=own, labels=of_label, rank_start=start, rank_stop=stop, margin=margin)
     assert found.tolist() == naive_mine(queries, candidates, 3, own.tolist(), of_label, start, stop, margin)
 
 
@@ -214,9 +212,7 @@ def test_what_is_mined_before_the_first_epoch_is_that_of_the_initial_weights(tmp
     arrays = data.train_dataset.arrays
     with torch.no_grad():
         query, positive = module.network(arrays["query"]), module.network(arrays["positive"])
-    expected = mine(
-        query, positive, 2, own_rows=torch.arange(ROWS), labels=arrays["label"], rank_stop=20, margin=None
-    )
+    expected = mine(query, positive, 2, own_rows=torch.arange(ROWS), labels=arrays["label"], rank_stop=20, margin=None)
     assert torch.equal(notes.rows[0], expected)
     assert (expected // 2 != torch.arange(ROWS)[:, None] // 2).all()
 

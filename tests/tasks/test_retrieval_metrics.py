@@ -183,7 +183,10 @@ def added(change, first=None):
         (lambda: EvaluationSet(ks=(1, 0)), r"ks=\[1, 0\]: each must be 1 or more"),
         (lambda: EvaluationSet(mrr_ks=(-1,)), r"mrr_ks=\[-1\]: each must be 1 or more"),
         (lambda: EvaluationSet(chunk_size=0), r"chunk_size=0: must be 1 or more"),
-        (lambda: added({"queries": drawn(3, 6)}), r"rows={'index': 4, 'queries': 3, 'positives': 4}: must all be of one"),
+        (
+            lambda: added({"queries": drawn(3, 6)}),
+            r"rows={'index': 4, 'queries': 3, 'positives': 4}: must all be of one",
+        ),
         (lambda: added({}, {"labels": 2}), r"labels: must be in all batches of an evaluation set or in none"),
         (lambda: added({"negatives": drawn(3, 6)}), r"owners: must be \(3,\), the row of each negative"),
     ],

@@ -165,7 +165,10 @@ def test_parts_of_other_lengths_are_joined_with_padding():
         (lambda q, c: top_k(q, c, 0), r"k=0: must be 1 or more"),
         (lambda q, c: top_k(q, c, 1, chunk_size=0), r"chunk_size=0: must be 1 or more"),
         (lambda q, c: top_k(q[:, 1:], c, 1), r"shapes \(1, 3\) and \(1, 4\)"),
-        (lambda q, c: ranks(q, c, (torch.arange(3), torch.arange(3))), r"keys: shapes \(3,\) and \(3,\); must be \(2,\)"),
+        (
+            lambda q, c: ranks(q, c, (torch.arange(3), torch.arange(3))),
+            r"keys: shapes \(3,\) and \(3,\); must be \(2,\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):
