@@ -394,10 +394,11 @@ def test_a_command_that_does_not_end_tells_where_each_process_is(tmp_path):
 
 
 def test_a_first_process_that_cannot_meet_the_others_ends_them(spectra_file):
-    """Where another program listens at the port, they would wait for an answer from it for half an hour."""
+    """They would wait for an answer at its port for half an hour, or look in vain for the config that it left them."""
     options = ["data.path=spectra.npy", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "out_dir=run"]
     with socket.create_server(("", 0)) as taken:
         port = {"MASTER_PORT": str(taken.getsockname()[1])}
         answer = trainerkit(*SMALL_MAE, *options, cwd=spectra_file.parent, env=port)  # reads until the last has ended
     assert answer.returncode == 1
     assert "EADDRINUSE" in answer.stderr
+    assert answer.stderr.count("Traceback") == 1

@@ -144,7 +144,12 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
 def test_what_cannot_be_found_out_is_exit_code_2_and_a_sentence(replay, runs, arguments, message):
-    configs = {"plain": "callbacks: {ema: null}\nout_dir: plain\n", "bare": "seed: 1\n", "damaged": "a: {", "listed": "[1]"}
+    configs = {
+        "plain": "callbacks: {ema: null}\nout_dir: plain\n",
+        "bare": "seed: 1\n",
+        "damaged": "a: {",
+        "listed": "[1]",
+    }
     for name, text in configs.items():
         (runs / name).mkdir(exist_ok=True)
         (runs / name / "config.yaml").write_text(text)

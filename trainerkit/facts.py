@@ -54,7 +54,8 @@ def leading_children(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
 
     They run the same command line, and would resolve a timestamp, or a whole sweep, anew: the resolved config is left
     where they find it. A process that has led others once would take itself for one of them in the next job of a sweep,
-    and wait in the old process group, which is why both are undone. A process that fails before they have met ends them.
+    and wait in the old process group, which is why both are undone. If this one fails before it
+    has met them, they are ended.
     """
     launcher = trainer.strategy.launcher
     if trainer.world_size == 1 or "LOCAL_RANK" in os.environ or not isinstance(launcher, _SubprocessScriptLauncher):

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from trainerkit.callbacks import StepHashes
 from trainerkit.callbacks._step_records import compare_folders, rank_files, read_records

@@ -153,8 +153,8 @@ class WarnOfOverruled(Callback):
                 "\n".join([
                     "trainerkit: warning: a resumed run goes on with its checkpoint's optimizer and schedule:",
                     *lines,
-                    "For another value begin a run of its own (out_dir=…) from these weights, where the task takes them: "
-                    f"task.network.weights={Path(trainer.default_root_dir) / 'best_model.safetensors'}",
+                    "For another value begin a run of its own (out_dir=…) from the weights, where the task takes them:",
+                    f"  task.network.weights={Path(trainer.default_root_dir) / 'best_model.safetensors'}",
                 ]),
                 file=sys.stderr,
                 flush=True,
