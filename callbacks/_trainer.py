@@ -52,7 +52,8 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
         logger.log_metrics(dict(metrics), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
     # One tensor and its parts: a tensor made for each of a hundred values takes a third of a millisecond.
     values = torch.tensor(list(metrics.values()), dtype=torch.float64).unbind()
-    trainer.callback_metrics.update(zip(metrics, values, strict=True))
+    # What `trainer.callback_metrics` gives; asking for that collects all of Lightning's own metrics first.
+    trainer._logger_connector._callback_metrics.update(zip(metrics, values, strict=True))
 
 
 def warn_of_monitor(trainer: Trainer, callback: Callback, monitor: str, therefore: str) -> None:

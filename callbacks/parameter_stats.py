@@ -180,6 +180,7 @@ class ParameterStats(Callback):
         self._uniform = False  # whether one foreach does for all
         self._held: dict[int, tuple[int, list[int]]] = {}  # by optimizer: how many parameters, and the rows of ours
         self._layers: list[str] = []
+        self._labels: dict[str, list[str]] = {}  # by statistic: what each group's metric is called
         self._layer_of = self._counts = np.zeros(0)
         self._measured: dict[int, _Measured] = {}  # by optimizer, in this batch
         self._hooks = StepHooks()
@@ -210,7 +211,7 @@ class ParameterStats(Callback):
         layers = layers_of(list(named), self.depth)
         self._names, self._parameters = list(named), list(named.values())
         self._row = {id(parameter): row for row, parameter in enumerate(self._parameters)}
-        self._layers = list(dict.fromkeys(layers))
+        self._layers, self._labels = list(dict.fromkeys(layers)), {}
         self._layer_of = np.array([self._layers.index(layer) for layer in layers], dtype=int)
         self._counts = np.array([as_values(parameter).numel() for parameter in self._parameters], dtype=float)
 
@@ -333,13 +334,15 @@ class ParameterStats(Callback):
         log_metrics(trainer, self._named(found, names))
 
     def _named(self, found: Mapping[str, Column], names: Sequence[str]) -> dict[str, float]:
-        return {
-            f"{self.prefix}/{statistic}/{names[group]}": value
-            for statistic, (groups, values) in found.items()
-            if statistic in self.statistics or statistic == "effective_rank"
-            for group, value in zip(groups.tolist(), values.tolist(), strict=True)
-            if group < len(names)
-        }
+        named: dict[str, float] = {}
+        for statistic, (groups, values) in found.items():
+            if statistic in self.statistics or statistic == "effective_rank":
+                labels = self._labels.get(statistic)
+                if labels is None:
+                    labels = self._labels[statistic] = [f"{self.prefix}/{statistic}/{name}" for name in names]
+                pairs = zip(groups.tolist(), values.tolist(), strict=True)
+                named |= {labels[group]: value for group, value in pairs if group < len(labels)}
+        return named
 
     def _to_host(self, trainer: Trainer, parts: Sequence[_Measured]) -> list[dict[str, Column]]:
         """Everything in one copy; each parameter twice, as places r and r + n."""
@@ -356,7 +359,8 @@ class ParameterStats(Callback):
             columns.append({})
             for name, (rows, _) in part.columns.items():
                 if id(rows) not in places:
-                    places[id(rows)] = np.array(rows + [row + len(self._parameters) for row in rows])
+                    place = np.array(rows)
+                    places[id(rows)] = np.concatenate([place, place + len(self._parameters)])
                 piece = next(pieces)
                 columns[-1][name] = places[id(rows)], np.concatenate([piece, piece])
         for part in parts:

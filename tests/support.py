@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,16 +118,34 @@ def small_text(path: Path, words: int = 4000, seed: int = 5) -> str:
 
 
 def trainerkit(*arguments: str, cwd: Path, timeout: float = 180, env: dict[str, str] | None = None):
-    """Run `python -m trainerkit` in a real process; gives the CompletedProcess with text output."""
-    return subprocess.run(
-        [sys.executable, "-m", "trainerkit", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | (env or {}),
-        check=False,
-    )
+    """Run `python -m trainerkit` in a real process; gives the CompletedProcess with text output.
+
+    Raises:
+        AssertionError: if it takes longer, with what each of its processes was doing then.
+    """
+    command = [sys.executable, "-m", "trainerkit", *map(str, arguments)]
+    # On SIGABRT Python then writes the stacks of all threads.
+    settings = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONFAULTHANDLER": "1"}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=os.environ | settings | (env or {}), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        output, errors = _stacks(process)
+        raise AssertionError(f"no end after {timeout} s: {' '.join(command)}\n{output}\n{errors}") from None
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def _stacks(process: subprocess.Popen) -> tuple[str, str]:
+    """Have every process of the group write its stacks and end; all that they wrote."""
+    os.killpg(process.pid, signal.SIGABRT)
+    try:
+        return process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()
 
 
 def two_processes(work: Callable[[int], object], folder: Path) -> list[dict]:

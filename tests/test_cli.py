@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -385,3 +386,20 @@ def test_results_leave_out_the_statistics_of_single_layers():
 
 def test_the_root_is_where_the_tests_think():
     assert (ROOT / "configs" / "train.yaml").is_file()
+
+
+def test_a_command_that_does_not_end_tells_where_each_process_is(tmp_path):
+    os.mkfifo(tmp_path / "never.npy")
+    with pytest.raises(AssertionError, match=r"no end after 5 s(.|\n)*most recent call first"):
+        trainerkit(*SMALL_MAE, "data.path=never.npy", "out_dir=run", cwd=tmp_path, timeout=5)
+
+
+def test_a_first_process_that_cannot_meet_the_others_ends_them(spectra_file):
+    """They would wait for an answer at its port for half an hour, or look in vain for the config that it left them."""
+    options = ["data.path=spectra.npy", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "out_dir=run"]
+    with socket.create_server(("", 0)) as taken:
+        port = {"MASTER_PORT": str(taken.getsockname()[1])}
+        answer = trainerkit(*SMALL_MAE, *options, cwd=spectra_file.parent, env=port)  # reads until the last has ended
+    assert answer.returncode == 1
+    assert "EADDRINUSE" in answer.stderr
+    assert answer.stderr.count("Traceback") == 1

@@ -134,6 +134,9 @@ WRONG = [
     (["none"], "none: has no config.yaml, so it cannot be trained again; name two runs to compare them."),
     (["a", "none"], "none: has no records of steps; train with callbacks=[default,step_hashes] to have them."),
     (["plain"], "plain: was trained without step_hashes; train it with callbacks=[default,step_hashes]."),
+    (["bare"], "bare: was trained without step_hashes; train it with callbacks=[default,step_hashes]."),
+    (["damaged"], "damaged/config.yaml: cannot be read ("),
+    (["listed"], "listed/config.yaml: must hold a run's config, as names and values."),
     (["broken"], "broken/step_hashes/rank0.jsonl: line 1 is no record of StepHashes"),
     (["a", "broken"], "broken/step_hashes/rank0.jsonl: line 1 is no record of StepHashes"),
 ]
@@ -141,8 +144,15 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
 def test_what_cannot_be_found_out_is_exit_code_2_and_a_sentence(replay, runs, arguments, message):
-    (runs / "plain").mkdir(exist_ok=True)
-    (runs / "plain" / "config.yaml").write_text("callbacks: {ema: null}\nout_dir: plain\n")
+    configs = {
+        "plain": "callbacks: {ema: null}\nout_dir: plain\n",
+        "bare": "seed: 1\n",
+        "damaged": "a: {",
+        "listed": "[1]",
+    }
+    for name, text in configs.items():
+        (runs / name).mkdir(exist_ok=True)
+        (runs / name / "config.yaml").write_text(text)
     (runs / "broken" / "step_hashes").mkdir(exist_ok=True, parents=True)
     (runs / "broken" / "step_hashes" / "rank0.jsonl").write_text("no\n")
     shutil.copy(runs / "a" / "config.yaml", runs / "broken")

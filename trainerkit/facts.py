@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,8 @@ def leading_children(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
 
     They run the same command line, and would resolve a timestamp, or a whole sweep, anew: the resolved config is left
     where they find it. A process that has led others once would take itself for one of them in the next job of a sweep,
-    and wait in the old process group, which is why both are undone.
+    and wait in the old process group, which is why both are undone. If this one fails before it
+    has met them, they are ended.
     """
     launcher = trainer.strategy.launcher
     if trainer.world_size == 1 or "LOCAL_RANK" in os.environ or not isinstance(launcher, _SubprocessScriptLauncher):
@@ -70,6 +72,10 @@ def leading_children(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
             process.wait()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    except BaseException:
+        if not torch.distributed.is_initialized():
+            launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # they would wait half an hour to meet this one
+        raise
     finally:
         Path(name).unlink(missing_ok=True)
         for variable, value in before.items():

@@ -14,10 +14,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from trainerkit.callbacks import StepHashes
 from trainerkit.callbacks._step_records import compare_folders, rank_files, read_records
-from trainerkit.errors import UserError
+from trainerkit.errors import UserError, first_lines
 from trainerkit.facts import CONFIG_VARIABLE
 from trainerkit.plugins import AllowList
 from trainerkit.run import run
@@ -142,18 +144,35 @@ def _config(folder: Path, from_start: bool, out_dir: str) -> DictConfig:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: has no config.yaml, so it cannot be trained again; name two runs to compare them.")
-    loaded = OmegaConf.load(path)
-    assert isinstance(loaded, DictConfig)
-    found = [key for key, node in loaded.callbacks.items() if node and str(node._target_).endswith(".StepHashes")]
-    if not found:
+    config = _read(path)
+    found, node = _recorder(config.get("callbacks"))
+    if found is None:
         raise UserError(f"{folder}: was trained without step_hashes; train it with callbacks=[default,step_hashes].")
-    records = _records_of(folder, str(loaded.callbacks[found[0]].dirname))
+    records = _records_of(folder, str(node.get("dirname", "step_hashes")))
     checkpoint = None if from_start else _checkpoint(folder, records)
-    cfg: DictConfig = OmegaConf.create(_moved(OmegaConf.to_container(loaded), str(loaded.out_dir), out_dir))
-    cfg.callbacks[found[0]].update({"_target_": f"{Again.__module__}.{Again.__qualname__}", "reference": str(records)})
-    start = None if loaded.resume == "auto" else loaded.resume
+    cfg: DictConfig = OmegaConf.create(_moved(config, str(config.get("out_dir")), out_dir))
+    cfg.callbacks[found].update({"_target_": f"{Again.__module__}.{Again.__qualname__}", "reference": str(records)})
+    start = None if config.get("resume") == "auto" else config.get("resume")
     cfg.resume = start if checkpoint is None else str(checkpoint)
     return cfg
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read ({first_lines(error, 1)}).") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must hold a run's config, as names and values.")
+    return {str(key): value for key, value in config.items()}
+
+
+def _recorder(callbacks: Any) -> tuple[str | None, dict[str, Any]]:
+    """The name and the arguments of the callback that recorded the steps, or None."""
+    for name, node in callbacks.items() if isinstance(callbacks, dict) else ():
+        if isinstance(node, dict) and str(node.get("_target_")).endswith(".StepHashes"):
+            return str(name), node
+    return None, {}
 
 
 def _records_of(folder: Path, dirname: str = "step_hashes") -> Path:

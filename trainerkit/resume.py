@@ -1,8 +1,11 @@
 """What a run begins from: the newest whole checkpoint of its folder, one that was named, or nothing."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from trainerkit.callbacks._checkpoint_files import CheckpointFolder, checkpoint_folder, fault_of
@@ -94,3 +97,79 @@ def _named(given: str, folder: CheckpointFolder, out_dir: Path, fits: bool) -> s
             f"resume={path}: {out_dir} holds another run, which would be overwritten; take another out_dir."
         )
     return path
+
+
+def overruled(
+    given: Mapping[str, Any], made: Sequence[Mapping[str, Any]], restored: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[Any, Any]]:
+    """The arguments that a restored state has put other values in place of.
+
+    Args:
+        given: arguments of an optimizer or a schedule; None stands for whatever it takes itself.
+        made: what was made of them: the optimizer's groups, the schedule's attributes.
+        restored: the same once the state is loaded.
+
+    Returns:
+        By name the value that was given, which is nowhere any more, and the one in its place.
+    """
+    found = {}
+    for name, value in given.items():
+        # A schedule moves lr, and keeps beside it what it began with.
+        key = "initial_lr" if name == "lr" and all("initial_lr" in group for group in (*made, *restored)) else name
+        before, after = ([_plain(group.get(key)) for group in groups] for groups in (made, restored))
+        if value is not None and value in before and value not in after and before.index(value) < len(after):
+            found[name] = value, after[before.index(value)]
+    return found
+
+
+class WarnOfOverruled(Callback):
+    """Say which of the optimizer's and the schedule's arguments a resumed run does not take.
+
+    Args:
+        optimizer: arguments by name, as the config has them.
+        scheduler: the same of the schedule.
+    """
+
+    def __init__(self, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> None:
+        self._given = {"optimizer": optimizer, "scheduler": {k: v for k, v in scheduler.items() if k != "last_epoch"}}
+        self._made: dict[str, list[dict[str, Any]]] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what was made; nothing is restored yet."""
+        self._made = _states(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare with what was restored."""
+        if trainer.ckpt_path is None or not trainer.is_global_zero:
+            return
+        restored = _states(trainer)
+        lines = [
+            f"  {part}.{name}={value}: stays {kept}"
+            for part, given in self._given.items()
+            for name, (value, kept) in overruled(given, self._made[part], restored[part]).items()
+        ]
+        if lines:
+            print(
+                "\n".join([
+                    "trainerkit: warning: a resumed run goes on with its checkpoint's optimizer and schedule:",
+                    *lines,
+                    "For another value begin a run of its own (out_dir=…) from the weights, where the task takes them:",
+                    f"  task.network.weights={Path(trainer.default_root_dir) / 'best_model.safetensors'}",
+                ]),
+                file=sys.stderr,
+                flush=True,
+            )  # fmt: skip
+
+
+def _states(trainer: Trainer) -> dict[str, list[dict[str, Any]]]:
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    schedules = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
+    return {
+        "optimizer": [{name: value for name, value in group.items() if name != "params"} for group in groups],
+        "scheduler": [dict(schedule) for schedule in schedules],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As a config has it."""
+    return list(value) if isinstance(value, tuple) else value

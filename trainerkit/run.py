@@ -40,7 +40,7 @@ from trainerkit.facts import WriteFacts, differences, leading_children
 from trainerkit.files import write_json
 from trainerkit.loading import TRUST_WARNING, read_json, trusting
 from trainerkit.plugins import AllowList
-from trainerkit.resume import choose_checkpoint, is_weights
+from trainerkit.resume import WarnOfOverruled, choose_checkpoint, is_weights
 from trainerkit.trainer import Trainer
 
 _Kind = TypeVar("_Kind")
@@ -156,7 +156,8 @@ def _build_all(
         if isinstance(callback, RankConsensus) and callback.facts is None:
             callback.facts = _plain(cfg)
     if cfg.stage == "fit":
-        callbacks.append(WriteFacts(cfg, overrides))
+        optimizer, scheduler = (_plain(cfg.get(part) or OmegaConf.create()) for part in ("optimizer", "scheduler"))
+        callbacks += [WriteFacts(cfg, overrides), WarnOfOverruled(optimizer, scheduler)]
     options: dict[str, Any] = {"callbacks": callbacks, "default_root_dir": str(out_dir)}
     options["logger"] = _build_group(cfg, "logger", allow) or False
     # What was not chosen is not there: Lightning would add its own.

@@ -422,6 +422,24 @@ def test_compiled_and_late_built_modules_have_the_same_names_and_numbers(tmp_pat
     assert log.rows[3] == pytest.approx(plain.rows[3], rel=1e-5)
 
 
+def test_a_second_fit_names_the_layers_of_its_own_module(tmp_path):
+    class Renamed(Net):
+        def build(self):
+            super().build()
+            self.trunk = self.body
+            del self.body
+
+        def training_step(self, batch, batch_idx):
+            return (self.head(self.trunk(batch[0]))[:, 0] - batch[1]).square().mean()
+
+    stats = ParameterStats(1, 1)
+    fit(tmp_path, stats)
+    _, _, log = fit(tmp_path, stats, Renamed)
+    _, _, alone = fit(tmp_path, ParameterStats(1, 1), Renamed)
+    assert "parameters/norm/trunk.0" in log.rows[0]
+    assert log.rows[0] == alone.rows[0]
+
+
 def test_tied_weights_count_once_and_bf16_is_measured_in_float32(tmp_path):
     class Tied(Net):
         def build(self):
