@@ -15,8 +15,12 @@ _SHARDED = ("FSDPStrategy", _IN_PIECES, "DeepSpeedStrategy")
 
 
 def validates(trainer: Trainer) -> bool:
-    """Whether this fit has validation batches; `trainer.enable_validation` is True for an empty loader too."""
-    return trainer.enable_validation and sum(trainer.num_val_batches) > 0
+    """Whether this fit has validation batches; `trainer.enable_validation` is True for an empty loader too.
+
+    Lightning reads the loader before the first validation; in epochs before that (`check_val_every_n_epoch`) there are
+    no numbers, and it is taken to have some.
+    """
+    return trainer.enable_validation and (not trainer.num_val_batches or sum(trainer.num_val_batches) > 0)
 
 
 def step_number(trainer: Trainer) -> int:

@@ -63,6 +63,16 @@ def test_null_patience_never_stops(tmp_path):
     assert epochs_run(tmp_path, BEST_AT_2, EarlyStopping(patience=None)) == 10
 
 
+def test_epochs_without_a_validation_do_not_count_the_first_included(tmp_path):
+    """The patience is in validations: of epochs 2, 4, 6, 8 the second was the best."""
+    stopping = EarlyStopping(patience=2, start_ratio=0.0)
+    checkpoint = CrashSafeCheckpoint()
+    losses = [9, 2, 9, 1, 0, 3, 0, 3, 0, 3]
+    assert epochs_run(tmp_path, losses, stopping, callbacks=[checkpoint], check_val_every_n_epoch=2) == 8
+    assert stopping.best == 1
+    assert checkpoint.best_model_path.endswith("best.ckpt")
+
+
 def test_min_delta_and_mode(tmp_path):
     slow = [1.0, 0.99, 0.98, 0.97, 0.96]
     assert epochs_run(tmp_path, slow, EarlyStopping(patience=2, start_ratio=0, min_delta=0.5)) == 3
