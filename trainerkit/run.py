@@ -377,10 +377,25 @@ def _print_start(cfg: DictConfig, out_dir: Path, checkpoint: str | None, trainer
 
 
 def _print_metrics(metrics: dict[str, float]) -> None:
-    width = max(map(len, metrics), default=0)
+    """A line each; of metrics of several sets, `stage/set/what`, a table with a line a set."""
+    plain = {name: value for name, value in metrics.items() if name.count("/") != 2}
+    width = max(map(len, plain), default=0)
     print("\nResults")
-    for name, value in sorted(metrics.items()):
+    for name, value in sorted(plain.items()):
         print(f"  {name:<{width}}  {value:.5g}")
+    places = {name: name.rpartition("/")[::2] for name in metrics if name not in plain}
+    sets, columns = (sorted({place[part] for place in places.values()}, key=_by_number) for part in (0, 1))
+    rows = [["", *columns]]
+    rows += [[name, *(f"{metrics.get(f'{name}/{what}', math.nan):.5g}" for what in columns)] for name in sets]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if sets else ():
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print(f"  {row[0]:<{widths[0]}}  {'  '.join(cells)}")
+
+
+def _by_number(name: str) -> list[Any]:
+    """To sort recall@5 before recall@10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _print_files(out_dir: Path) -> None:

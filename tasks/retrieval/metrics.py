@@ -11,6 +11,7 @@ For a query whose R relevant candidates have the ranks r₁ < r₂ < … < r_R, 
     ndcg@k      Σ_{r_j ≤ k} 1/log₂(r_j + 1)  /  Σ_{j ≤ min(R, k)} 1/log₂(j + 1)
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -64,6 +65,22 @@ def retrieval_metrics(
     reciprocal = summed((place == 1) / rank)
     found |= {"mrr": reciprocal, "map": summed(place / rank) / relevant}
     return found | {f"mrr@{k}": reciprocal * (reciprocal * k >= 1) for k in mrr_ks}
+
+
+def ranks_of(metrics: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The `ks` and `mrr_ks` that metrics of these names need.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    found: dict[bool, set[int]] = {False: set(), True: set()}
+    for name in metrics:
+        match = re.fullmatch(r"(recall|hit_rate|precision|ndcg|mrr)@([1-9]\d*)", name)
+        if match:
+            found[match[1] == "mrr"].add(int(match[2]))
+        elif name not in ("mrr", "map"):
+            raise ValueError(f"metrics={name}: must be recall@k, hit_rate@k, precision@k, ndcg@k, mrr, mrr@k or map")
+    return sorted(found[False]), sorted(found[True])
 
 
 def check_ks(name: str, ks: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from trainerkit.tasks.retrieval.distillation import Distillation
 from trainerkit.tasks.retrieval.gather import first_row, gather
 from trainerkit.tasks.retrieval.gradient_cache import GradientCache
 from trainerkit.tasks.retrieval.losses import InfoNCE
-from trainerkit.tasks.retrieval.metrics import EvaluationSet
+from trainerkit.tasks.retrieval.metrics import EvaluationSet, ranks_of
 from trainerkit.tasks.retrieval.similarity import normalized
 from trainerkit.tasks.retrieval.teacher import Teacher
 
@@ -36,8 +36,8 @@ class RetrievalTask(Task):
     `negatives_mask` (B, K), `label` (B,), rows of one label belonging to each other, and `score` (B,), how well a pair
     fits; and `index` (B,), the rows' numbers. Data modules of `trainerkit.data` give these.
 
-    Logged: `train/loss`, `val/loss`, `test/loss`; and of each whole evaluation set `val/SET/recall@1` and the like (see
-    `EvaluationSet`), and their means over the sets `val/recall@1`, ….
+    Logged: `train/loss`, `val/loss`, `test/loss`; the means over the evaluation sets `val/recall@1`, `val/mrr` and so
+    on; and where there are several, those of each, `val/SET/recall@1`.
 
     Predicted, for each row: `index`, `embedding` (B, D) of its positive, and `query` (B, D) of its query; of rows
     with a query alone `embedding` is the query's. All are of length 1.
@@ -54,12 +54,12 @@ class RetrievalTask(Task):
         teacher: whose similarities are learnt as well; an encoder, or `Teacher` around one; None for no teacher.
         distillation: how; None for `Distillation()`.
         eval_steps: optimizer steps between validations; 0 validates after each epoch.
-        ks: ranks at which metrics are taken.
+        metrics: of evaluations, see `retrieval_metrics` for their names.
         optimizer: see `Task`.
         scheduler: see `Task`.
 
     Raises:
-        ValueError: for a choice or number that is not allowed, or a distillation without a teacher.
+        ValueError: for a choice, number or name that is not allowed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RetrievalTask(Task):
         teacher: nn.Module | None = None,
         distillation: Distillation | None = None,
         eval_steps: int = 0,
-        ks: Sequence[int] = (1, 5, 10),
+        metrics: Sequence[str] = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10"),
         optimizer: OptimizerFactory = AdamW,
         scheduler: SchedulerFactory | None = None,
     ) -> None:
@@ -83,14 +83,13 @@ class RetrievalTask(Task):
             raise ValueError(f"queries={queries}: must be together or separate")
         if eval_steps < 0:
             raise ValueError(f"eval_steps={eval_steps}: must be 0 (after each epoch) or more")
-        if not ks or min(ks) < 1:
-            raise ValueError(f"ks={list(ks)}: must be one or more ranks from 1 on")
         self.encoder = encoder
         self.candidate_encoder = candidate_encoder
         self.loss = InfoNCE() if loss is None else loss
         self.queries = queries
         self.eval_steps = eval_steps
-        self.ks = tuple(ks)
+        self.metrics = list(metrics)
+        self._ks = ranks_of(metrics)
         self._chunked = GradientCache(gradient_cache_chunk_size) if gradient_cache else None
         self._teacher = teacher if isinstance(teacher, Teacher) or teacher is None else Teacher(teacher)
         self._distillation = Distillation() if distillation is None else distillation
@@ -216,7 +215,7 @@ class RetrievalTask(Task):
         self.track(f"{stage}/loss", loss, weight=len(batch["index"]))
         names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", None)
         name = names[dataloader_idx] if names else f"set{dataloader_idx}"
-        found = self._evaluated.setdefault(name, EvaluationSet(self.ks))
+        found = self._evaluated.setdefault(name, EvaluationSet(*self._ks))
         # Of queries that are separate the first, the pictures; a set of texts has them as its only queries.
         queries = mine.queries[0][1]
         found.add(batch["index"], queries, mine.positives, batch.get("label"), mine.negatives, mine.owners)
@@ -224,7 +223,7 @@ class RetrievalTask(Task):
     def _log_sets(self, stage: str) -> None:
         found = {name: evaluated.compute(device=self.device) for name, evaluated in self._evaluated.items()}
         self._evaluated = {}  # embeddings of whole sets
-        for metric in next(iter(found.values()), {}):
+        for metric in self.metrics if found else ():
             values = [metrics[metric] for metrics in found.values()]
             self.log(f"{stage}/{metric}", sum(values) / len(values), prog_bar=metric == "mrr")
             if len(found) > 1:
