@@ -1,6 +1,7 @@
 """The life of a run: config to objects, then fit, validate, test or predict; the only reader of configs."""
 
 import logging
+import math
 import os
 import re
 import shlex
