@@ -411,16 +411,16 @@ def test_pytorch_metric_learning_has_the_same_losses():
     assert published
     cosine = distances.CosineSimilarity()
     queries, positives, _ = embeddings()
-    rows = torch.arange(N)
-    theirs = losses.NTXentLoss(0.07)(queries, rows, ref_emb=positives, ref_labels=rows)
+    rows = torch.arange(N)  # cloned below: the same tensor would mean that both are the same embeddings
+    theirs = losses.NTXentLoss(0.07)(queries, rows, ref_emb=positives, ref_labels=rows.clone())
     compare(InfoNCE(0.07)(queries, positives), theirs, (queries, positives))
     views, twice = torch.cat([queries, positives]), LABELS.repeat(2)
     theirs = losses.SupConLoss(0.1)(views, twice)
     compare(SupCon(0.1, all_views=True)(queries, positives, labels=LABELS), theirs, (queries, positives))
-    theirs = losses.SupConLoss(0.1)(queries, LABELS, ref_emb=positives, ref_labels=LABELS)
+    theirs = losses.SupConLoss(0.1)(queries, LABELS, ref_emb=positives, ref_labels=LABELS.clone())
     compare(SupCon(0.1)(queries, positives, labels=LABELS), theirs, (queries, positives))
     each = losses.TripletMarginLoss(0.5, distance=cosine, reducer=reducers.AvgNonZeroReducer())
-    theirs = each(queries, rows, ref_emb=positives, ref_labels=rows)
+    theirs = each(queries, rows, ref_emb=positives, ref_labels=rows.clone())
     compare(Triplet(0.5, "all")(queries, positives), theirs, (queries, positives))
 
 
