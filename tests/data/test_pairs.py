@@ -3,11 +3,14 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
-from trainerkit.data import PairData, StdlibPairs
+from tests.support import ROOT
+from trainerkit.data import Glyphs, PairData, StdlibPairs
 from trainerkit.data.stdlib_pairs import documented_functions
 from trainerkit.errors import UserError
+from trainerkit.signatures import parameters
 from trainerkit.testing import check_data
 
 ROWS = [{"query": f"question {i}", "positive": f"a/b answer {i}", "score": i / 8} for i in range(40)]
@@ -253,6 +256,16 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
 def test_impossible_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PairData("p.jsonl", **options)
+
+
+@pytest.mark.parametrize("kind", [PairData, Glyphs, StdlibPairs])
+def test_the_config_lists_every_parameter_with_the_signatures_default(kind):
+    name = {"PairData": "pairs", "Glyphs": "glyphs", "StdlibPairs": "stdlib_pairs"}[kind.__name__]
+    node = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "data" / f"{name}.yaml"))
+    assert node.pop("_target_") == f"trainerkit.data.{kind.__name__}"
+    node.pop("path", None)
+    defaults = {key: known.default for key, known in parameters(kind).items() if key != "path"}
+    assert {key: tuple(value) if isinstance(value, list) else value for key, value in node.items()} == defaults
 
 
 def test_code_has_neither_its_docstring_nor_its_name():
