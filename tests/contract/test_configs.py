@@ -1,5 +1,6 @@
 """The same checks on every YAML there is; what the glob found is counted against the files."""
 
+import json
 import re
 import shutil
 import sysconfig
@@ -35,6 +36,9 @@ NEEDS = {
     "data/spectra": ["data.path=spectra.npy"],
     "data/text": ["data.path=text.txt", "data.context_length=32", "data.batch_size=8", "data.cache_dir=cache"],
     "data/text_stream": ["data.path=tokens", "data.context_length=32", "data.batch_size=8"],
+    "data/pairs": ["data.path=pairs.jsonl", "data.batch_size=8"],
+    "data/glyphs": ["data.cache_dir=cache"],
+    "data/stdlib_pairs": ["data.batch_size=32"],
     "data/stdlib_text": ["data.vocab_size=300", "data.cache_dir=cache"],
 }
 
@@ -160,6 +164,8 @@ def test_data_keep_the_contract(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("spectra.npy", smooth_spectra())
     small_text(tmp_path / "text.txt")
+    pairs = [json.dumps({"query": f"question {i}", "positive": f"answer {i}"}) for i in range(100)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(pairs))
     # Of the standard library a part: all of it takes seconds to tokenise.
     library = Path(sysconfig.get_path("stdlib"))
     for package in ("asyncio", "email", "json", "http"):

@@ -318,7 +318,9 @@ def _listed(names: str | Sequence[str] | None) -> list[str]:
 
 
 def _class_numbers(labels: Sequence[str | int]) -> Tensor:
-    numbers = {label: number for number, label in enumerate(sorted(set(labels), key=str))}
+    whole = sorted({label for label in labels if isinstance(label, int)})
+    names = sorted({label for label in labels if isinstance(label, str)})
+    numbers: dict[str | int, int] = dict(zip([*whole, *names], range(len(whole) + len(names)), strict=True))
     return torch.tensor([numbers[label] for label in labels])
 
 

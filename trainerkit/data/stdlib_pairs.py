@@ -1,7 +1,8 @@
 """Docstrings of Python's standard library and the code they belong to: `data=stdlib_pairs`, nothing is fetched.
 
-Some 5,500 functions with a docstring of three words or more and code of three lines or more, in 3.11; the code has
-neither its docstring nor its name. Licence: PSF.
+4,920 functions with a docstring of three words or more and code of three lines or more, in 3.11.7; the code has neither
+its docstring nor its name. TF-IDF finds the right one of 1,000 with a mean reciprocal rank of 0.440 by counts of words,
+0.525 by their logarithms; of all with 0.293 and 0.370 (`python -m tests.benchmarks.tfidf`). Licence: PSF.
 """
 
 import ast
