@@ -111,9 +111,10 @@ class TextSamples(Callback):
         path = Path(trainer.default_root_dir) / "predictions" / "text.jsonl"
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in ordered), encoding="utf-8")
+        print()  # the line before is the progress bar's
         for answer in ordered[:_SHOWN]:
             print(f"--- {answer['prompt']!r}\n{answer['prompt']}{answer['text']}")
-        print(f"\n{len(ordered)} prompts answered in {path}")
+        print(f"\n{len(ordered)} prompt{'s' if len(ordered) > 1 else ''} answered in {path}")
 
 
 def _tokenizer(trainer: Trainer) -> Tokenizer:

@@ -201,7 +201,10 @@ def test_answers_stand_in_the_order_of_the_prompts_cut_at_the_end_of_text(tmp_pa
         answer = task.generate(row[None], steps[None])[0].tolist()
         end = answer.index(10) if 10 in answer else 20
         assert line["text"] == Letters().decode(answer[:end])
-    assert "--- 'ef'\nef" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert "\n--- 'd'\nd" in screen  # on a line of its own, below the progress bar
+    assert "--- 'ef'\nef" in screen
+    assert "2 prompts answered in " in screen
 
 
 @pytest.mark.parametrize("prompts", ["def", [], [3]])
