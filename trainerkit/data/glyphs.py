@@ -129,6 +129,8 @@ class Glyphs(PairModule):
 
     # What tasks and callbacks read.
 
+    query_mode = "separate"
+
     @property
     def codes(self) -> list[int]:
         """The characters' code points, ascending; `index` is a place in it."""

@@ -54,6 +54,8 @@ class PairModule(LightningDataModule):
     image_size: int
     vocab_size: int
     evaluation_names: list[str]
+    # What a query with a picture and a text is to a task: 'together' one of both, 'separate' two for the same thing.
+    query_mode = "together"
 
     def __init__(self, *, batch_size: int, num_workers: int, mined_negatives: int, seed: int, searches: bool) -> None:
         super().__init__()
