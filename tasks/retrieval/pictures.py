@@ -57,9 +57,7 @@ class ImageCNN(nn.Module):
                 f"halve it and a grid of {grid}"
             )
         before = [channels, *widths]
-        stages = nn.Sequential(*(_stage(*pair) for pair in zip(before, widths, strict=False)))
-        # Channels last in memory: forward and backward take 0.82 of the time on a CPU core.
-        self.stages = stages.to(memory_format=torch.channels_last)
+        self.stages = nn.Sequential(*(_stage(*pair) for pair in zip(before, widths, strict=False)))
         self.grid = grid
         self.flatten = flatten
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -142,4 +140,6 @@ _GROUP = 8  # channels that are normalised together
 
 def _stage(channels: int, width: int) -> nn.Module:
     convolution = nn.Conv2d(channels, width, kernel_size=3, stride=2, padding=1)
+    # Channels last in memory: forward and backward take 0.82 of the time on a CPU core.
+    convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
     return nn.Sequential(convolution, nn.GroupNorm(width // _GROUP, width), nn.GELU())
