@@ -19,6 +19,7 @@ Source: L. Gao et al., 'Scaling deep contrastive learning batch size under memor
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,36 +147,56 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        sums: list[Tensor | None] = [None] * len(ctx.parameters)
-        with ctx.surroundings.restored(), _without_hooks(ctx.parameters):
+        with ctx.surroundings.restored(), _summed(ctx.parameters) as sums:
             for rows in ctx.chunks.slices:
                 with ctx.surroundings.autocast(), torch.enable_grad():
                     leaves = ctx.chunks.leaves(part(ctx.chunks.inputs, rows), rows)
-                for place, gradient in enumerate(_gradients(leaves, ctx.parameters, gradients, rows)):
-                    sums[place] = _added(sums[place], gradient)
+                _backward(leaves, ctx.parameters, gradients, rows)
         pairs = zip(sums, ctx.parameters, strict=True)
         return None, *(None if total is None else total.to(parameter.dtype) for total, parameter in pairs)
 
 
-def _gradients(
+def _backward(
     leaves: Sequence[Any], parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], rows: slice
-) -> Sequence[Tensor | None]:
-    """The parameters' gradients by what a chunk adds, whose leaves' gradients are these rows of `gradients`."""
+) -> None:
+    """Hand the parameters' hooks what a chunk adds to their gradients; its leaves' are these rows of `gradients`."""
     reached = [
         (leaf, gradient[(rows, *map(slice, leaf.shape[1:]))])
         for leaf, gradient in zip(leaves, gradients, strict=True)
         if gradient is not None and leaf.requires_grad
     ]
-    if not reached:
-        return []
-    outputs, cached = zip(*reached, strict=True)
-    return torch.autograd.grad(outputs, parameters, cached, allow_unused=True)
+    if reached:
+        outputs, cached = zip(*reached, strict=True)
+        # Not backward(), which would hand each chunk's to what waits for the sum: .grad, and reductions over processes.
+        torch.autograd.grad(outputs, parameters, cached, allow_unused=True)
 
 
-def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+@contextmanager
+def _summed(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+    """The sums of the gradients that `torch.autograd.grad` takes meanwhile; None for parameters that are not reached.
+
+    Each is added as it arrives and let go, for those of a chunk together are as large as the sums. The parameters' own
+    hooks are not called: they are for the sums, which go through them afterwards.
+    """
+    sums: list[Tensor | None] = [None] * len(parameters)
+
+    def add(place: int, gradient: Tensor) -> Tensor:
+        sums[place] = _added(sums[place], gradient)
+        return gradient.new_zeros(()).expand_as(gradient)  # takes the gradient's place and no memory
+
+    hooks = [parameter._backward_hooks for parameter in parameters]
+    try:
+        for place, parameter in enumerate(parameters):
+            parameter._backward_hooks = None
+            parameter.register_hook(partial(add, place))
+        yield sums
+    finally:
+        for parameter, before in zip(parameters, hooks, strict=True):
+            parameter._backward_hooks = before
+
+
+def _added(total: Tensor | None, gradient: Tensor) -> Tensor:
     """Their sum, in float32 or wider: in bfloat16 a sum of hundreds would lose what comes late."""
-    if gradient is None:
-        return total
     if total is None:  # a copy, for the gradients of two parameters may be one tensor
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
     return total.add_(gradient)
@@ -237,16 +258,3 @@ def _set_buffers(encoder: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, buffer in encoder.named_buffers():
         if name in values and values[name].shape == buffer.shape:
             buffer.data.copy_(values[name])  # .data: another graph may hold the buffer, and gets it back unchanged
-
-
-@contextmanager
-def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks are for the sum over all chunks, which goes through them afterwards."""
-    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
-    for parameter, _ in hooked:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
-        for parameter, hooks in hooked:
-            parameter._backward_hooks = hooks
