@@ -104,10 +104,19 @@ class RetrievalTask(Task):
         return [part for part in (self.encoder, self.candidate_encoder) if part is not None]
 
     def setup(self, stage: str) -> None:
-        """Put `eval_steps` where Lightning looks for it: batches between validations."""
+        """Have Lightning validate by a number of batches, of which `_plan_validation` makes optimizer steps."""
         if stage == "fit" and self.eval_steps:
-            self.trainer.val_check_interval = self.eval_steps * self.trainer.accumulate_grad_batches
+            self.trainer.val_check_interval = self.eval_steps
             self.trainer.check_val_every_n_epoch = None
+
+    def on_train_start(self) -> None:
+        """A run that goes on is asked at once whether the validation of its last step is still to come."""
+        self._plan_validation()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Validate now, or not."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self._plan_validation()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Encode in chunks, gather from all processes, compare everything with everything."""
@@ -163,6 +172,15 @@ class RetrievalTask(Task):
         """What the running evaluation has embedded, an evaluation set for each loader; callbacks look at them."""
         return list(self._evaluated.values())
 
+    def _plan_validation(self) -> None:
+        """Steps are counted, since an epoch's last window of accumulated batches may be shorter than the others."""
+        if not self.eval_steps:
+            return
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        is_due = not loop._should_accumulate() and self.trainer.global_step % self.eval_steps == 0
+        # Lightning validates where this divides the number of batches so far.
+        self.trainer.val_check_batch = 1 if is_due else loop.total_batch_idx + 2
+
     def _loss_of(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, "_Embedded"]:
         """The loss of the batch of all processes, and what this process embedded."""
         mine = self._embedded(batch)
@@ -183,21 +201,22 @@ class RetrievalTask(Task):
         return torch.stack(losses).mean(), mine
 
     def _embedded(self, batch: Mapping[str, Tensor]) -> "_Embedded":
-        views = self._views(parts_of(batch, "query"))
-        found, owners = [parts_of(batch, "positive")], None
-        negatives = parts_of(batch, "negatives")
+        views, found = self._views(parts_of(batch, "query")), [parts_of(batch, "positive")]
+        negatives, owners = parts_of(batch, "negatives"), None
         if negatives:
             number = next(iter(negatives.values())).shape[1]
             rows = torch.arange(len(batch["index"]), device=batch["index"].device)
             there = batch.get("negatives_mask", rows.new_ones(len(rows), number, dtype=torch.bool))
-            found.append({name: part[there] for name, part in negatives.items()})
             owners = rows[:, None].expand_as(there)[there]
+            if len(owners):  # before the first mining there are none, and many encoders take no batch of nothing
+                found.append({name: part[there] for name, part in negatives.items()})
         if self.candidate_encoder is None:
             embeddings = self._encode(self.encoder, *views, *found)
         else:
             embeddings = (*self._encode(self.encoder, *views), *self._encode(self.candidate_encoder, *found))
         queries, (positives, *rest) = embeddings[: len(views)], embeddings[len(views) :]
-        return _Embedded(list(zip(views, queries, strict=True)), positives, rest[0] if rest else None, owners)
+        embedded = rest[0] if rest else None if owners is None else positives[:0]
+        return _Embedded(list(zip(views, queries, strict=True)), positives, embedded, owners)
 
     def _views(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The queries of a batch: one of all its parts, or one of each."""

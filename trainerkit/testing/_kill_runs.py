@@ -1,5 +1,6 @@
 """What the kill harness runs: each task small, in the ways that a resume has to be exact in."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,5 +120,44 @@ def _lm(folder: Path) -> list[str]:
     ]
 
 
+def _retrieval(folder: Path) -> list[str]:
+    """180 questions and answers, nine steps an epoch in chunks, three batches to validate, mined negatives."""
+    path = folder / "pairs.jsonl"
+    if not path.exists():
+        names = np.random.default_rng(0).choice(["ab", "ce", "di", "fo", "gu"], size=(180, 3))
+        rows = [
+            {"query": f"{one} {other} {i}", "positive": f"{other} {i} {last}"}
+            for i, (one, other, last) in enumerate(names)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    mining = "callbacks.hard_negatives"
+    return [
+        "data=pairs",
+        f"data.path={path}",
+        "data.mode=t2t",
+        "data.batch_size=16",
+        "data.max_length=8",
+        "data.n_buckets=256",
+        "data.val_fraction=0.2",
+        "data.test_fraction=0.1",
+        "data.mined_negatives=2",
+        "task.encoder.text._target_=trainerkit.tasks.retrieval.TextTransformer",
+        "+task.encoder.text.max_length=8",
+        "+task.encoder.text.dim=16",
+        "+task.encoder.text.layers=1",
+        "+task.encoder.text.heads=2",
+        "+task.encoder.text.dropout=0.1",
+        "task.encoder.dim=16",
+        "task.gradient_cache=true",
+        "task.gradient_cache_chunk_size=6",
+        "task.loss.learnable_temperature=true",
+        f"+{mining}._target_=trainerkit.tasks.retrieval.HardNegatives",
+        f"+{mining}.k=2",
+        f"+{mining}.sample=random",
+        "callbacks.neighbours.n_queries=2",
+        "trainer.check_val_every_n_epoch=1",
+    ]
+
+
 # The tasks that ship, each with data written into a folder and a network of milliseconds.
-SMALL: dict[str, Callable[[Path], list[str]]] = {"mae": _mae, "lm": _lm}
+SMALL: dict[str, Callable[[Path], list[str]]] = {"mae": _mae, "lm": _lm, "retrieval": _retrieval}
