@@ -18,7 +18,7 @@ from torch.optim import AdamW
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
 from trainerkit.tasks.retrieval.distillation import Distillation
 from trainerkit.tasks.retrieval.gather import first_row, gather
-from trainerkit.tasks.retrieval.gradient_cache import GradientCache, encode_in_chunks
+from trainerkit.tasks.retrieval.gradient_cache import encode_in_chunks
 from trainerkit.tasks.retrieval.losses import InfoNCE
 from trainerkit.tasks.retrieval.metrics import EvaluationSet, ranks_of
 from trainerkit.tasks.retrieval.similarity import normalized
@@ -81,6 +81,8 @@ class RetrievalTask(Task):
         self.save_hyperparameters()
         if queries not in ("together", "separate"):
             raise ValueError(f"queries={queries}: must be together or separate")
+        if gradient_cache_chunk_size < 1:
+            raise ValueError(f"gradient_cache_chunk_size={gradient_cache_chunk_size}: must be 1 or more")
         if eval_steps < 0:
             raise ValueError(f"eval_steps={eval_steps}: must be 0 (after each epoch) or more")
         self.encoder = encoder
@@ -90,7 +92,7 @@ class RetrievalTask(Task):
         self.eval_steps = eval_steps
         self.metrics = list(metrics)
         self._ks = ranks_of(metrics)
-        self._cache = GradientCache(gradient_cache_chunk_size) if gradient_cache else None
+        self._chunk_size = gradient_cache_chunk_size if gradient_cache else None
         self._teacher = teacher if isinstance(teacher, Teacher) or teacher is None else Teacher(teacher)
         self._distillation = Distillation() if distillation is None else distillation
         self._evaluated: dict[str, EvaluationSet] = {}
@@ -226,9 +228,9 @@ class RetrievalTask(Task):
 
     def _encode(self, encoder: nn.Module, *inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """The embeddings of each."""
-        if self._cache is None:
+        if self._chunk_size is None:
             return tuple(encoder(part) for part in inputs)
-        embeddings: tuple[Tensor, ...] = encode_in_chunks(encoder, inputs, self._cache.chunk_size)
+        embeddings: tuple[Tensor, ...] = encode_in_chunks(encoder, inputs, self._chunk_size)
         return embeddings
 
     def _taught(self, batch: Mapping[str, Tensor], side: Side, inputs: Any) -> Tensor | None:
