@@ -118,7 +118,8 @@ def test_the_order_of_tokens_counts_for_nothing_in_means_and_maxima(kind):
 def naive_bag(bag, row):
     """Of a list of ids."""
     vectors, weights = bag.token_vectors.detach().double(), bag.weights.detach().double()
-    shares = [math.exp(weights[token]) for token in row]
+    times = {token: 1 + math.log(row.count(token)) if bag.log_counts else row.count(token) for token in row}
+    shares = [times[token] / row.count(token) * math.exp(weights[token]) for token in row]
     total = sum(share * vectors[token] for share, token in zip(shares, row, strict=True))
     return total / sum(shares) if row else torch.zeros(WIDTH, dtype=torch.float64)
 
