@@ -31,6 +31,7 @@ ALLOW = AllowList()
 COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
 # The task that an experiment is of, if it is not mae.
 OF = dict.fromkeys(("tisslm_document", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "lm_gpu"), "lm")
+OF["code_search"] = "retrieval"
 # What a choice needs before it can be composed or built.
 NEEDS = {
     "data/spectra": ["data.path=spectra.npy"],

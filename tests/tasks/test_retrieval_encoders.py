@@ -9,7 +9,7 @@ from trainerkit.optim import decays, make_optimizer
 from trainerkit.tasks.retrieval.encoder import Encoder
 from trainerkit.tasks.retrieval.pictures import ImageCNN, ImageViT
 from trainerkit.tasks.retrieval.pooling import POOLINGS, masked
-from trainerkit.tasks.retrieval.texts import TextBag, TextTransformer
+from trainerkit.tasks.retrieval.texts import TextBag, TextTransformer, counted_tokens
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 5, 6, 8, 11
 IMAGES = {
@@ -22,8 +22,10 @@ IMAGES = {
 }
 TEXTS = {
     "bag": lambda **o: TextBag(VOCABULARY, dim=WIDTH, **o),
+    "bag of logarithms": lambda **o: TextBag(VOCABULARY, dim=WIDTH, log_counts=True, **o),
     "transformer": lambda **o: TextTransformer(VOCABULARY, max_length=12, dim=WIDTH, layers=2, heads=2, **o),
 }
+BAGS = [kind for kind in TEXTS if kind.startswith("bag")]
 
 
 def lengths_mask(lengths=(6, 3, 1, 0, 4), length=LENGTH):
@@ -116,18 +118,50 @@ def test_the_order_of_tokens_counts_for_nothing_in_means_and_maxima(kind):
 def naive_bag(bag, row):
     """Of a list of ids."""
     vectors, weights = bag.token_vectors.detach().double(), bag.weights.detach().double()
-    shares = [math.exp(weights[token]) for token in row]
+    times = {token: 1 + math.log(row.count(token)) if bag.log_counts else row.count(token) for token in row}
+    shares = [times[token] / row.count(token) * math.exp(weights[token]) for token in row]
     total = sum(share * vectors[token] for share, token in zip(shares, row, strict=True))
     return total / sum(shares) if row else torch.zeros(WIDTH, dtype=torch.float64)
 
 
-def test_a_bag_is_the_weighted_mean_of_its_tokens_vectors():
-    bag, inputs = TEXTS["bag"]().double(), batch()
+@pytest.mark.parametrize("kind", BAGS)
+def test_a_bag_is_the_weighted_mean_of_its_tokens_vectors(kind):
+    bag, inputs = TEXTS[kind]().double(), batch()
+    inputs["text"][:, :2] = 5  # some more than once
     nn.init.normal_(bag.weights)
     rows = [[int(t) for t, m in zip(text, mask, strict=True) if m]
             for text, mask in zip(inputs["text"], inputs["text_mask"], strict=True)]  # fmt: skip
     expected = torch.stack([naive_bag(bag, row) for row in rows])
     torch.testing.assert_close(bag(inputs["text"], inputs["text_mask"]), expected, rtol=0, atol=1e-14)
+
+
+def test_tokens_are_counted_in_each_row_apart_and_without_padding():
+    text = torch.tensor([[7, 3, 7, 7], [3, 0, 9, 9], [5, 5, 5, 5]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 0]]).bool()
+    found = [part.tolist() for part in counted_tokens(text, mask)]
+    assert found == [[0, 0, 1, 1, 1], [3, 7, 0, 3, 9], [1, 3, 1, 1, 1]]
+
+
+def test_cosines_of_a_new_wide_bag_are_those_of_logarithms_of_counts():
+    torch.manual_seed(0)
+    bag, text = TextBag(VOCABULARY, dim=20_000, log_counts=True, scale=3.0), batch()["text"]
+    counts = torch.stack([torch.bincount(row, minlength=VOCABULARY) for row in text]).double()
+    amounts = torch.where(counts > 0, 1 + counts.clamp(min=1).log(), 0.0)
+    expected = torch.nn.functional.cosine_similarity(amounts[:, None], amounts[None], dim=-1)
+    vectors = bag(text, torch.ones_like(text, dtype=torch.bool)).detach().double()
+    found = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+    assert (bag.token_vectors.norm(dim=1) - 3).abs().max() < 0.1
+
+
+def test_weights_so_large_that_their_exponentials_overflow_leave_a_bag_finite():
+    bag, inputs = TEXTS["bag of logarithms"](), batch()
+    with torch.no_grad():
+        bag.weights.fill_(200.0)
+    found = bag(inputs["text"], inputs["text_mask"])
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert bag.weights.grad.isfinite().all()
 
 
 def test_a_new_bag_is_a_plain_mean():
@@ -136,8 +170,9 @@ def test_a_new_bag_is_a_plain_mean():
     torch.testing.assert_close(bag(text, everything), bag.token_vectors[text].mean(1))
 
 
-def test_a_bag_s_gradients_are_the_numerical_ones():
-    bag, inputs = TEXTS["bag"]().double(), batch()
+@pytest.mark.parametrize("kind", BAGS)
+def test_a_bag_s_gradients_are_the_numerical_ones(kind):
+    bag, inputs = TEXTS[kind]().double(), batch()
 
     def of(vectors, weights):
         return torch.func.functional_call(
@@ -148,8 +183,9 @@ def test_a_bag_s_gradients_are_the_numerical_ones():
     assert torch.autograd.gradcheck(of, (bag.token_vectors.detach().requires_grad_(), weights))
 
 
-def test_dropout_leaves_out_tokens_in_training_only():
-    bag, text = TEXTS["bag"](dropout=0.5), torch.arange(1, 9)[None].expand(2000, -1) % VOCABULARY
+@pytest.mark.parametrize("kind", BAGS)
+def test_dropout_leaves_out_tokens_in_training_only(kind):
+    bag, text = TEXTS[kind](dropout=0.5), torch.arange(1, 9)[None].expand(2000, -1) % VOCABULARY
     everything, mean = torch.ones_like(text, dtype=torch.bool), bag.token_vectors[text[0]].mean(0)
     assert not torch.equal(bag(text, everything)[0], bag(text, everything)[1])
     torch.testing.assert_close(bag(text, everything).mean(0), mean, rtol=0, atol=0.03)
@@ -185,8 +221,9 @@ def test_rows_do_not_see_each_other(name):
 
 def test_the_order_of_words_counts_for_a_transformer_and_not_for_a_bag():
     text, everything = torch.tensor([[1, 2, 3], [3, 2, 1]]), torch.ones(2, 3, dtype=torch.bool)
-    bag = TEXTS["bag"]()(text, everything)
-    torch.testing.assert_close(bag[0], bag[1])
+    for kind in BAGS:
+        bag = TEXTS[kind]()(text, everything)
+        torch.testing.assert_close(bag[0], bag[1])
     mean = TEXTS["transformer"]()(text, everything).mean(1)
     assert (mean[0] - mean[1]).abs().max() > 1e-3
 
@@ -396,6 +433,8 @@ def test_a_batch_without_anything_to_embed_is_refused():
         (lambda: ImageViT(layers=0), "layers=0: must be 1 or more"),
         (lambda: TextBag(0), "vocab_size=0: must be 1 or more"),
         (lambda: TextBag(5, dropout=-0.1), "dropout=-0.1: must be from 0 to below 1"),
+        (lambda: TextBag(5, scale=0.0), "scale=0.0: must be above 0"),
+        (lambda: TextBag(5, scale=math.inf), "scale=inf: must be above 0"),
         (lambda: TextTransformer(5, max_length=0), "max_length=0: must be 1 or more"),
         (lambda: TextTransformer(5, heads=3), "dim=128: must be a multiple of heads=3"),
         (lambda: IMAGES["vit"]()(torch.rand(2, 1, 8, 8)), r"image_size=16: pictures have the shape \(1, 8, 8\)"),
