@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from trainerkit.fsdp import is_cut
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
 from trainerkit.tasks.retrieval.distillation import Distillation
 from trainerkit.tasks.retrieval.gather import first_row, gather
@@ -81,6 +82,8 @@ class RetrievalTask(Task):
         self.save_hyperparameters()
         if queries not in ("together", "separate"):
             raise ValueError(f"queries={queries}: must be together or separate")
+        if gradient_cache_chunk_size < 1:
+            raise ValueError(f"gradient_cache_chunk_size={gradient_cache_chunk_size}: must be 1 or more")
         if eval_steps < 0:
             raise ValueError(f"eval_steps={eval_steps}: must be 0 (after each epoch) or more")
         self.encoder = encoder
@@ -207,9 +210,11 @@ class RetrievalTask(Task):
         number = next(iter(inputs.values())).shape[1]
         rows = torch.arange(len(positives), device=positives.device)
         there = batch.get("negatives_mask", rows.new_ones(len(rows), number, dtype=torch.bool))
-        if not there.any():  # as before the first mining; many encoders do not take a batch of nothing
+        # Parameters in pieces are gathered in each forward pass, so all processes have to make equally many.
+        taken = torch.ones_like(there) if is_cut(self) else there
+        if not taken.any():  # as before the first mining: many encoders do not take a batch of nothing
             return _Embedded(queries, positives, positives[:0], rows[:0])
-        negatives = self._encode("negatives", {name: part[there] for name, part in inputs.items()})
+        negatives = self._encode("negatives", {name: part[taken] for name, part in inputs.items()})[there[taken]]
         return _Embedded(queries, positives, negatives, rows[:, None].expand_as(there)[there])
 
     def _views(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -222,7 +227,9 @@ class RetrievalTask(Task):
         if not inputs:
             raise ValueError(f"batch: has no {side}_image and no {side}_text")
         encoder = self.encoder if side == "query" or self.candidate_encoder is None else self.candidate_encoder
-        embeddings: Tensor = encoder(inputs) if self._chunked is None else self._chunked(encoder, inputs)
+        # Last batches of an evaluation may differ by a row, and so by a chunk: not where parameters are in pieces.
+        chunked = None if is_cut(self) and not torch.is_grad_enabled() else self._chunked
+        embeddings: Tensor = encoder(inputs) if chunked is None else chunked(encoder, inputs)
         return embeddings
 
     def _taught(self, batch: Mapping[str, Tensor], side: Literal["query", "positive"], inputs: Any) -> Tensor | None:
