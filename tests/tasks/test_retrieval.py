@@ -1,6 +1,7 @@
 """task=retrieval as a whole, in real runs: what the documented trainer promised, and each fault that it had."""
 
 import json
+import warnings
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -244,6 +245,7 @@ def test_accumulated_batches_give_the_mean_of_their_gradients_which_is_not_that_
 
 def train_and_validate(folder, batch_size, loss, **options):
     """Weights and metrics of a run with labels, negatives that were given, and mined ones."""
+    warnings.simplefilter("ignore")  # Lightning's, of metrics that are the same in every process as they are logged
     miner = HardNegatives(k=2, start_epoch=0, margin=None)
     task = make_task(LOSSES[loss](), gradient_cache=True)
     data = make_data(folder / "data", batch_size, mined_negatives=2)
@@ -431,6 +433,7 @@ def test_in_pieces_it_trains_as_whole(given, tmp_path):
     """FSDP2 in two processes with other numbers of negatives, and of rows in validation, beside one process."""
 
     def run(folder, batch_size, **options):
+        warnings.simplefilter("ignore")
         task, data = (
             make_task(gradient_cache=True, gradient_cache_chunk_size=3),
             make_data(tmp_path, batch_size, given=given),
