@@ -15,7 +15,7 @@ class SavePredictions(Callback):
     """Write what `predict_step` returns, a dict of tensors (B, …) with `index` (B,), the rows' numbers in the data.
 
     The rows of all batches and ranks are put in the order of `index`; a row that a distributed sampler repeated stands
-    once.
+    once. Of several loaders, whose rows may have the same numbers, each has a folder named by its number: `0`, `1`, …
 
     Args:
         format: 'npy' writes one file a key, 'safetensors' one file for all keys.
@@ -31,11 +31,11 @@ class SavePredictions(Callback):
         self.format = format
         self.dirname = dirname
         self.paths: list[Path] = []
-        self._parts: list[dict[str, Tensor]] = []
+        self._parts: dict[int, list[dict[str, Tensor]]] = {}  # by loader
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
-        self._parts, self.paths = [], []
+        self._parts, self.paths = {}, []
 
     def on_predict_batch_end(
         self,
@@ -49,32 +49,43 @@ class SavePredictions(Callback):
         """Move a batch's predictions to the host."""
         if not isinstance(outputs, dict) or "index" not in outputs:
             raise ValueError(f"predict_step: must return a dict of tensors with 'index', got {type(outputs).__name__}")
-        self._parts.append({name: tensor.cpu() for name, tensor in outputs.items()})
+        self._parts.setdefault(dataloader_idx, []).append({name: tensor.cpu() for name, tensor in outputs.items()})
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the rows in order and write the files."""
-        rows = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-        self._parts = []
+        found = {loader: _joined(parts) for loader, parts in self._parts.items()}
+        self._parts = {}
+        everybodys: list[dict[int, dict[str, Tensor]]] = [found]
         if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = {name: torch.cat([part[name] for part in gathered]) for name in rows}
-        if trainer.is_global_zero:
-            self._write(Path(trainer.default_root_dir) / self.dirname, _in_order(rows))
+            everybodys = [{}] * trainer.world_size
+            torch.distributed.all_gather_object(everybodys, found)
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir) / self.dirname
+        for loader in range(len(trainer.num_predict_batches)):
+            parts = [part[loader] for part in everybodys if loader in part]
+            if parts:
+                several = len(trainer.num_predict_batches) > 1
+                self._write(folder / str(loader) if several else folder, _in_order(_joined(parts)))
 
     def _write(self, folder: Path, rows: dict[str, Tensor]) -> None:
         if self.format == "safetensors":
             from safetensors.torch import save_file  # late: the other callbacks need only torch and lightning
 
-            self.paths = [folder / "predictions.safetensors"]
-            with replacing(self.paths[0]) as temporary:
+            path = folder / "predictions.safetensors"
+            with replacing(path) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in rows.items()}, temporary)
+            self.paths.append(path)
             return
         for name, tensor in rows.items():
             path = folder / f"{name}.npy"
             with replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, tensor.numpy(), allow_pickle=False)
             self.paths.append(path)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _in_order(rows: dict[str, Tensor]) -> dict[str, Tensor]:

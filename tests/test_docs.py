@@ -33,6 +33,8 @@ SMALL_LM = [
     "task.network.n_layers=1", "task.network.d_model=24", "task.network.n_heads=3", "task.max_new_tokens=4",
     "trainer.max_steps=2", "trainer.val_check_interval=2",
 ]  # fmt: skip
+# The same for retrieval.
+SMALL_RETRIEVAL = ["data.batch_size=8", "trainer.check_val_every_n_epoch=1", "callbacks.neighbours.n_queries=2"]
 # CI runs the first of these as they are (.ci/run); benchmarks are run by hand, and imported below; test_kill.py kills.
 BY_CI = ("pip install", ".ci/run", "pytest tests/callbacks", "ruff check", "python -m tests.benchmarks")
 BY_CI += ("python -m trainerkit.testing.kill",)
@@ -53,7 +55,7 @@ def environment():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with what the pages speak of: tables of 200 bands, with and without labels, and a text.
+    """A folder with what the pages speak of: tables of 200 bands, with and without labels, a text, and pairs.
 
     Of the standard library two packages: all of it takes seconds to tokenise.
     """
@@ -72,6 +74,8 @@ def folder(tmp_path, monkeypatch):
     lines = small_text(tmp_path / "more.txt", seed=6).splitlines()
     documents = "".join(json.dumps({"text": line}) + "\n" for line in lines)
     (tmp_path / "more.jsonl.zst").write_bytes(zstandard.compress(documents.encode()))
+    pairs = [{"query": f"question {i}", "positive": f"answer {i}"} for i in range(100)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
     return tmp_path
 
@@ -93,6 +97,8 @@ def shortened(line):
         short = [option for option in short if "callbacks" not in option]
     if "task=lm" in words:
         short = [option for option in short if "epochs" not in option] + SMALL_LM
+    if "task=retrieval" in words:
+        short = short + SMALL_RETRIEVAL
     chosen = {word.partition("=")[0] for word in words}
     extra = [option for option in short if option.partition("=")[0] not in chosen]
     return f"{line} {' '.join(extra)}"
@@ -200,7 +206,7 @@ def test_every_benchmark_that_is_named_can_be_started():
 
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     named = re.findall(r"python -m (tests\.benchmarks\.\w+)", text)
-    assert len(named) == 14
+    assert len(named) == 17
     assert all(callable(importlib.import_module(name).main) for name in named)
 
 

@@ -26,8 +26,12 @@ from trainerkit.testing._kill_runs import SMALL
 
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=3", "callbacks.progress_bar=null"]
 # Callbacks that are for one task's predictions, and what is written then; every task has a line here.
-PREDICTING = {"mae": "callbacks=[default,latent_clusters]", "lm": "callbacks=[default]"}
-PREDICTED = {"mae": {"latent.npy", "clusters.npy", "clusters.json"}, "lm": {"tokens.npy", "text.jsonl"}}
+PREDICTING = {"mae": "callbacks=[default,latent_clusters]"}
+PREDICTING |= dict.fromkeys(("lm", "retrieval"), "callbacks=[default]")
+PREDICTED = {
+    "mae": {"latent.npy", "clusters.npy", "clusters.json"}, "lm": {"tokens.npy", "text.jsonl"},
+    "retrieval": {"embedding.npy", "query.npy"},
+}  # fmt: skip
 BARE = [*(option for option in SMALL_MAE if not option.startswith("callbacks")), "callbacks=none", "logger=none"]
 SAVING = [option.replace("=none", "=[crash_safe_checkpoint,best_weights]") for option in BARE[:-1]] + BARE[-1:]
 

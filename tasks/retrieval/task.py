@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from trainerkit.fsdp import is_cut
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
 from trainerkit.tasks.retrieval.distillation import Distillation
 from trainerkit.tasks.retrieval.gather import first_row, gather
@@ -204,21 +205,24 @@ class RetrievalTask(Task):
 
     def _embedded(self, batch: Mapping[str, Tensor]) -> "_Embedded":
         views, found = self._views(parts_of(batch, "query")), [parts_of(batch, "positive")]
-        negatives, owners = parts_of(batch, "negatives"), None
-        if negatives:
-            number = next(iter(negatives.values())).shape[1]
+        given, there, owners = parts_of(batch, "negatives"), None, None
+        if given:
+            number = next(iter(given.values())).shape[1]
             rows = torch.arange(len(batch["index"]), device=batch["index"].device)
             there = batch.get("negatives_mask", rows.new_ones(len(rows), number, dtype=torch.bool))
             owners = rows[:, None].expand_as(there)[there]
-            if len(owners):  # before the first mining there are none, and many encoders take no batch of nothing
-                found.append({name: part[there] for name, part in negatives.items()})
+            # Parameters in pieces are gathered in each forward pass, so all processes have to make equally many.
+            taken = torch.ones_like(there) if is_cut(self) else there
+            if taken.any():  # before the first mining there are none, and many encoders take no batch of nothing
+                found.append({name: part[taken] for name, part in given.items()})
+                there = there[taken]
         if self.candidate_encoder is None:
             embeddings = self._encode(self.encoder, *views, *found)
         else:
             embeddings = (*self._encode(self.encoder, *views), *self._encode(self.candidate_encoder, *found))
         queries, (positives, *rest) = embeddings[: len(views)], embeddings[len(views) :]
-        embedded = rest[0] if rest else None if owners is None else positives[:0]
-        return _Embedded(list(zip(views, queries, strict=True)), positives, embedded, owners)
+        negatives = rest[0][there] if rest else None if there is None else positives[:0]
+        return _Embedded(list(zip(views, queries, strict=True)), positives, negatives, owners)
 
     def _views(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The queries of a batch: one of all its parts, or one of each."""
@@ -228,7 +232,8 @@ class RetrievalTask(Task):
 
     def _encode(self, encoder: nn.Module, *inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """The embeddings of each."""
-        if self._chunk_size is None:
+        # Last batches of an evaluation may differ by a row, and so by a chunk: not where parameters are in pieces.
+        if self._chunk_size is None or (is_cut(self) and not torch.is_grad_enabled()):
             return tuple(encoder(part) for part in inputs)
         embeddings: tuple[Tensor, ...] = encode_in_chunks(encoder, inputs, self._chunk_size)
         return embeddings

@@ -29,9 +29,9 @@ ALLOW = AllowList()
 
 # Choices that name no target of their own, or belong beside another choice.
 COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
-# The task that an experiment is of, if it is not mae.
+# The task that an experiment is of, if it is not mae; and that of a whole group.
 OF = dict.fromkeys(("tisslm_document", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "lm_gpu"), "lm")
-OF["code_search"] = "retrieval"
+OF |= dict.fromkeys(("code_search", "hard_negatives", "retrieval_student", "vembed_document", "loss"), "retrieval")
 # What a choice needs before it can be composed or built.
 NEEDS = {
     "data/spectra": ["data.path=spectra.npy"],
@@ -59,7 +59,7 @@ def composed(path):
     chosen = f"{group}=[default,{choice}]" if group == "callbacks" and choice != "none" else f"{group}={choice}"
     if name(path) == "callbacks/default":
         chosen = "callbacks=[default]"
-    task = [] if group == "task" else [f"task={OF.get(choice, 'mae')}"]
+    task = [] if group == "task" else [f"task={OF.get(group) or OF.get(choice, 'mae')}"]
     return compose_config([*task, chosen, "out_dir=somewhere", *NEEDS.get(name(path), [])])
 
 
@@ -78,14 +78,18 @@ def test_the_first_comment_says_what_it_is(path):
     assert re.fullmatch(r"# [A-Z0-9a-z].{15,125}", lines[0]), lines[0]
 
 
-# Losses belong beside tasks that take one: tests/tasks/test_retrieval_losses.py.
-COMPOSED = [path for path in FILES if not path.stem.startswith("_") and path.parent.name != "loss"]
+# What a data module says of itself to the task's config.
+SIZES = {
+    "seq_len": 200, "vocab_size": 2048, "context_length": 256, "channels": 1, "image_size": 32,
+    "modalities": ["image", "text"], "query_mode": "together",
+}  # fmt: skip
+COMPOSED = [path for path in FILES if not path.stem.startswith("_")]
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=name(path)) for path in COMPOSED])
 def test_it_composes_and_every_key_binds_to_its_target(path):
     cfg = composed(path)
-    sizes = {"seq_len": 256 if path.stem == "chemomae_document" else 200, "vocab_size": 2048, "context_length": 256}
+    sizes = SIZES | ({"seq_len": 256} if path.stem == "chemomae_document" else {})
     OmegaConf.register_new_resolver("data_module", sizes.__getitem__, replace=True)
     for part in ("task", "data", "optimizer", "scheduler", "trainer"):
         given = frozenset({"optimizer", "scheduler"}) if part == "task" else frozenset()
@@ -206,4 +210,4 @@ def test_every_task_and_callback_of_ours_has_its_page_and_its_test(group):
         found = [test.stem for test in (ROOT / "tests").rglob(f"test_{path.stem}.py")]
         assert len(found) == 1, path
         checked += 1
-    assert checked == {"task": 2, "callbacks": 20}[group]
+    assert checked == {"task": 3, "callbacks": 20}[group]

@@ -18,6 +18,7 @@ from tests.support import toy_trainer, two_processes
 from trainerkit.callbacks import EMA, GradientAccumulation
 from trainerkit.fsdp import shard
 from trainerkit.functional.contrastive import info_nce
+from trainerkit.tasks.retrieval import losses
 from trainerkit.tasks.retrieval.gather import gather
 from trainerkit.tasks.retrieval.gradient_cache import GradientCache
 
@@ -36,8 +37,39 @@ def between_the_rows(queries, positives):
     return (both @ both.T).square().mean() + (queries - positives).pow(4).sum()
 
 
+def of_module(loss, **options):
+    """A loss of `tasks.retrieval.losses`, with explicit negatives unless it gets scores."""
+
+    def value(queries, positives):
+        given = {name: option[: len(queries)] for name, option in options.items()}
+        if "scores" not in given:
+            given |= {"negatives": (positives + queries.flip(0)).cos(), "owners": torch.arange(len(queries)).flip(0)}
+        return loss(queries, positives, **given)
+
+    return value
+
+
+def of_sequences(queries, positives):
+    """MaxSim of two and three vectors, the last of which is padding in every second row."""
+    padding = (torch.arange(len(positives)) % 2)[:, None]
+    sequences = (
+        torch.stack([queries, queries.sin()], 1),
+        torch.stack([positives, positives.cos(), padding * positives], 1),
+    )
+    return losses.LateInteraction(symmetric=True)(*sequences)
+
+
+LABELS, SCORES = torch.arange(100) // 3, torch.arange(100) % 5 / 4
 # (queries, positives), (B, D) each -> scalar
 LOSSES = {
+    "InfoNCE": of_module(losses.InfoNCE(), labels=LABELS),
+    "InfoNCE, chosen": of_module(losses.InfoNCE(symmetric=True, hard_negatives=3, false_negative_margin=0.1)),
+    "LateInteraction": of_sequences,
+    "Matryoshka": of_module(losses.Matryoshka(losses.InfoNCE(), dims=[5, 2], weights=[1.0, 0.3]), labels=LABELS),
+    "SigLIP": of_module(losses.SigLIP(), labels=LABELS),
+    "SupCon": of_module(losses.SupCon(), labels=LABELS),
+    "Triplet": of_module(losses.Triplet(), labels=LABELS),
+    "CoSENT": of_module(losses.CoSENT(), scores=SCORES),
     "info_nce": info_nce,
     "info_nce_both_ways": partial(info_nce, symmetric=True, temperature=0.1),
     "triplet": triplet,
