@@ -7,7 +7,7 @@ chunk is taken at once. The gradient is that of the whole batch; what stays in m
 price is a second forward pass.
 
     cache = GradientCache(chunk_size=32)
-    loss = info_nce(cache(encoder, queries), cache(encoder, documents))
+    loss = info_nce(*cache(encoder, queries, documents))
     loss.backward()
 
 Both passes are one node of autograd's graph, between the encoder's parameters and the embeddings. So optimization stays
@@ -19,6 +19,7 @@ Source: L. Gao et al., 'Scaling deep contrastive learning batch size under memor
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,14 +49,15 @@ class GradientCache:
             raise ValueError(f"chunk_size={chunk_size}: must be 1 or more")
         self.chunk_size = chunk_size
 
-    def __call__(self, encoder: nn.Module, inputs: Any) -> Any:
-        """`encoder(inputs)` with its gradient, in the memory of a chunk."""
-        return encode_in_chunks(encoder, inputs, self.chunk_size)
+    def __call__(self, encoder: nn.Module, *inputs: Any) -> Any:
+        """`encoder(inputs)` with its gradient, in the memory of a chunk; a tuple for several inputs."""
+        found = encode_in_chunks(encoder, inputs, self.chunk_size)
+        return found[0] if len(found) == 1 else found
 
 
 @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # the encoder alone is compiled, if it is
-def encode_in_chunks(encoder: nn.Module, inputs: Any, chunk_size: int) -> Any:
-    """`encoder(inputs)`, whose backward pass runs the encoder again, chunk by chunk.
+def encode_in_chunks(encoder: nn.Module, batches: Sequence[Any], chunk_size: int) -> tuple[Any, ...]:
+    """`encoder(batch)` of each batch, whose backward pass runs the encoder again, chunk by chunk.
 
     Random numbers, autocast and the encoder's buffers are in the second pass what they were in the first, and after it
     as if there had been none: dropout has the same masks, running statistics move once. Batch normalization normalizes
@@ -65,12 +67,13 @@ def encode_in_chunks(encoder: nn.Module, inputs: Any, chunk_size: int) -> Any:
 
     Args:
         encoder: called with inputs of fewer rows; gives a tensor, or a tree of tensors, with as many rows.
-        inputs: tensors and lists with rows first, and None, in any nesting of dicts and tuples; not to be changed
-            before the backward pass.
+        batches: each of tensors and lists with rows first, and None, in any nesting of dicts and tuples; not to be
+            changed before the backward pass. Several, such as queries and documents, cost one sum of the parameters'
+            gradients, where a call for each holds one sum for each.
         chunk_size: rows of a chunk, 1 or more; the last may have fewer.
 
     Returns:
-        What the encoder gives, of all rows; zeros fill up what is shorter in one chunk than in another.
+        What the encoder gives, of all rows, for each batch; zeros fill up what is shorter in one chunk than in another.
 
     Raises:
         ValueError: for an encoder that is wrapped in DistributedDataParallel; for inputs without rows, with different
@@ -82,46 +85,57 @@ def encode_in_chunks(encoder: nn.Module, inputs: Any, chunk_size: int) -> Any:
             "encoder: is wrapped in DistributedDataParallel; wrap the module that computes the loss, and give this one "
             "bare"
         )
-    rows = number_of_rows(inputs)
-    for name, value in entries(inputs):
+    rows = [number_of_rows(batch) for batch in batches]
+    for name, value in (entry for batch in batches for entry in entries(batch)):
         if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires a gradient; only the encoder's parameters get one")
-    if rows <= chunk_size:
-        return encoder(inputs)
+    if max(rows) <= chunk_size:
+        return tuple(encoder(batch) for batch in batches)
     parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    chunks = _Chunks(encoder, inputs, rows, chunk_size)
+    chunks = _Chunks(encoder, batches, rows, chunk_size)
     if not (parameters and torch.is_grad_enabled()):
         leaves = chunks.joined()
     elif is_cut(encoder):
         leaves = chunks.joined(checkpointed=True)
     else:
         leaves = _TwoPasses.apply(chunks, *parameters)  # type: ignore[no-untyped-call]
-    return tree_unflatten(leaves, chunks.structure)
+    return tuple(
+        tree_unflatten(leaves[chunks.places(batch)], structure) for batch, structure in enumerate(chunks.structures)
+    )
 
 
 class _Chunks:
-    """An encoder and a batch, chunk by chunk."""
+    """An encoder and batches, chunk by chunk."""
 
-    def __init__(self, encoder: nn.Module, inputs: Any, rows: int, chunk_size: int) -> None:
-        self.encoder, self.inputs = encoder, inputs
-        self.slices = [slice(start, min(start + chunk_size, rows)) for start in range(0, rows, chunk_size)]
-        self.structure: Any = None
+    def __init__(self, encoder: nn.Module, batches: Sequence[Any], rows: Sequence[int], chunk_size: int) -> None:
+        self.encoder, self.batches = encoder, batches
+        self.slices = [  # the number of a batch, and some of its rows; at least one of a batch without any
+            (batch, slice(start, min(start + chunk_size, number)))
+            for batch, number in enumerate(rows)
+            for start in range(0, max(1, number), chunk_size)
+        ]
+        self.structures: list[Any] = [None] * len(batches)
 
     def joined(self, checkpointed: bool = False) -> list[Any]:
-        """The leaves of the encoder's output, of all rows."""
-        chunks = []
-        for rows in self.slices:
-            inputs = part(self.inputs, rows)
-            chunks.append(
-                checkpoint(self.leaves, inputs, rows, use_reentrant=False)
-                if checkpointed
-                else self.leaves(inputs, rows)
-            )
-        return [None if pieces[0] is None else concatenated(pieces) for pieces in zip(*chunks, strict=True)]
+        """The leaves of the encoder's outputs, of all rows, batch after batch."""
+        chunks: list[list[list[Any]]] = [[] for _ in self.batches]
+        run = partial(checkpoint, self.leaves, use_reentrant=False) if checkpointed else self.leaves
+        for batch, rows in self.slices:
+            chunks[batch].append(run(batch, rows))
+        return [
+            None if pieces[0] is None else concatenated(pieces)
+            for of_batch in chunks
+            for pieces in zip(*of_batch, strict=True)
+        ]
 
-    def leaves(self, inputs: Any, rows: slice) -> list[Any]:
+    def places(self, batch: int) -> slice:
+        """Where a batch's leaves stand among those of all."""
+        start = sum(structure.num_leaves for structure in self.structures[:batch])
+        return slice(start, start + self.structures[batch].num_leaves)
+
+    def leaves(self, batch: int, rows: slice) -> list[Any]:
         """Those of one chunk."""
-        leaves, self.structure = tree_flatten(self.encoder(inputs))
+        leaves, self.structures[batch] = tree_flatten(self.encoder(part(self.batches[batch], rows)))
         number = rows.stop - rows.start
         for leaf in leaves:
             if leaf is not None and not (isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == number):
@@ -146,36 +160,56 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        sums: list[Tensor | None] = [None] * len(ctx.parameters)
-        with ctx.surroundings.restored(), _without_hooks(ctx.parameters):
-            for rows in ctx.chunks.slices:
+        with ctx.surroundings.restored(), _summed(ctx.parameters) as sums:
+            for batch, rows in ctx.chunks.slices:
                 with ctx.surroundings.autocast(), torch.enable_grad():
-                    leaves = ctx.chunks.leaves(part(ctx.chunks.inputs, rows), rows)
-                for place, gradient in enumerate(_gradients(leaves, ctx.parameters, gradients, rows)):
-                    sums[place] = _added(sums[place], gradient)
+                    leaves = ctx.chunks.leaves(batch, rows)
+                _backward(leaves, ctx.parameters, gradients[ctx.chunks.places(batch)], rows)
         pairs = zip(sums, ctx.parameters, strict=True)
         return None, *(None if total is None else total.to(parameter.dtype) for total, parameter in pairs)
 
 
-def _gradients(
+def _backward(
     leaves: Sequence[Any], parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], rows: slice
-) -> Sequence[Tensor | None]:
-    """The parameters' gradients by what a chunk adds, whose leaves' gradients are these rows of `gradients`."""
+) -> None:
+    """Hand the parameters' hooks what a chunk adds to their gradients; its leaves' are these rows of `gradients`."""
     reached = [
         (leaf, gradient[(rows, *map(slice, leaf.shape[1:]))])
         for leaf, gradient in zip(leaves, gradients, strict=True)
         if gradient is not None and leaf.requires_grad
     ]
-    if not reached:
-        return []
-    outputs, cached = zip(*reached, strict=True)
-    return torch.autograd.grad(outputs, parameters, cached, allow_unused=True)
+    if reached:
+        outputs, cached = zip(*reached, strict=True)
+        # Not backward(), which would hand each chunk's to what waits for the sum: .grad, and reductions over processes.
+        torch.autograd.grad(outputs, parameters, cached, allow_unused=True)
 
 
-def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+@contextmanager
+def _summed(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+    """The sums of the gradients that `torch.autograd.grad` takes meanwhile; None for parameters that are not reached.
+
+    Each is added as it arrives and let go, for those of a chunk together are as large as the sums. The parameters' own
+    hooks are not called: they are for the sums, which go through them afterwards.
+    """
+    sums: list[Tensor | None] = [None] * len(parameters)
+
+    def add(place: int, gradient: Tensor) -> Tensor:
+        sums[place] = _added(sums[place], gradient)
+        return gradient.new_zeros(()).expand_as(gradient)  # takes the gradient's place and no memory
+
+    hooks = [parameter._backward_hooks for parameter in parameters]
+    try:
+        for place, parameter in enumerate(parameters):
+            parameter._backward_hooks = None
+            parameter.register_hook(partial(add, place))
+        yield sums
+    finally:
+        for parameter, before in zip(parameters, hooks, strict=True):
+            parameter._backward_hooks = before
+
+
+def _added(total: Tensor | None, gradient: Tensor) -> Tensor:
     """Their sum, in float32 or wider: in bfloat16 a sum of hundreds would lose what comes late."""
-    if gradient is None:
-        return total
     if total is None:  # a copy, for the gradients of two parameters may be one tensor
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
     return total.add_(gradient)
@@ -185,8 +219,8 @@ class _Surroundings:
     """What a pass begins with beside its inputs and parameters, taken down before the first for the second."""
 
     def __init__(self, chunks: _Chunks) -> None:
-        self._encoder, self._inputs = chunks.encoder, chunks.inputs
-        self._versions = _versions(chunks.inputs)
+        self._encoder, self._inputs = chunks.encoder, tuple(chunks.batches)
+        self._versions = _versions(self._inputs)
         # Once for all chunks: both passes go over them in the same order.
         self._random = random_state()
         self._buffers = _copied_buffers(chunks.encoder)
@@ -237,16 +271,3 @@ def _set_buffers(encoder: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, buffer in encoder.named_buffers():
         if name in values and values[name].shape == buffer.shape:
             buffer.data.copy_(values[name])  # .data: another graph may hold the buffer, and gets it back unchanged
-
-
-@contextmanager
-def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks are for the sum over all chunks, which goes through them afterwards."""
-    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
-    for parameter, _ in hooked:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
-        for parameter, hooks in hooked:
-            parameter._backward_hooks = hooks

@@ -113,7 +113,7 @@ class ImageViT(nn.Module):
         self.patches = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
         tokens = (image_size // patch_size) ** 2
         self.class_token = nn.Parameter(torch.randn(dim) * 0.02) if class_token else None
-        self.positions = nn.Parameter(torch.randn(tokens, dim) * 0.02)
+        self.position_embedding = nn.Parameter(torch.randn(tokens, dim) * 0.02)
         self.norm = nn.LayerNorm(dim)
         self.image_size = image_size
         self.out_features = dim
@@ -126,7 +126,7 @@ class ImageViT(nn.Module):
         """
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(f"image_size={self.image_size}: pictures have the shape {tuple(images.shape[1:])}")
-        hidden = self.patches(images - 0.5).flatten(2).transpose(1, 2) + self.positions
+        hidden = self.patches(images - 0.5).flatten(2).transpose(1, 2) + self.position_embedding
         if self.class_token is not None:
             hidden = torch.cat([self.class_token.expand(len(hidden), 1, -1), hidden], dim=1)
         for block in self.blocks:

@@ -19,13 +19,13 @@ from trainerkit.fsdp import is_cut
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
 from trainerkit.tasks.retrieval.distillation import Distillation
 from trainerkit.tasks.retrieval.gather import first_row, gather
-from trainerkit.tasks.retrieval.gradient_cache import GradientCache
+from trainerkit.tasks.retrieval.gradient_cache import encode_in_chunks
 from trainerkit.tasks.retrieval.losses import InfoNCE
 from trainerkit.tasks.retrieval.metrics import EvaluationSet, ranks_of
 from trainerkit.tasks.retrieval.similarity import normalized
 from trainerkit.tasks.retrieval.teacher import Teacher
 
-Side = Literal["query", "positive", "negatives"]
+Side = Literal["query", "positive"]
 _INPUTS = ("image", "text", "text_mask")
 
 
@@ -93,7 +93,7 @@ class RetrievalTask(Task):
         self.eval_steps = eval_steps
         self.metrics = list(metrics)
         self._ks = ranks_of(metrics)
-        self._chunked = GradientCache(gradient_cache_chunk_size) if gradient_cache else None
+        self._chunk_size = gradient_cache_chunk_size if gradient_cache else None
         self._teacher = teacher if isinstance(teacher, Teacher) or teacher is None else Teacher(teacher)
         self._distillation = Distillation() if distillation is None else distillation
         self._evaluated: dict[str, EvaluationSet] = {}
@@ -138,17 +138,19 @@ class RetrievalTask(Task):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Embeddings of length 1 of what each row has."""
         sides: tuple[Side, ...] = ("query", "positive")
-        found = {side: normalized(self.embed(batch, side)).float() for side in sides if parts_of(batch, side)}
-        embedding = found.pop("positive", None)
-        return {"index": batch["index"], "embedding": found.pop("query") if embedding is None else embedding, **found}
+        found = [normalized(self.embed(batch, side)).float() for side in sides if parts_of(batch, side)]
+        embeddings = {"index": batch["index"], "embedding": found[-1]}
+        return embeddings if len(found) == 1 else embeddings | {"query": found[0]}
 
     def embed(self, batch: Mapping[str, Tensor], side: Side) -> Tensor:
-        """Embeddings (B, D) of one side of a batch, (B · K, D) of its negatives, as the encoder gives them.
+        """Embeddings (B, D) of one side of a batch as the encoder gives them.
 
         Of queries that are 'separate' the pictures, where a row has both.
         """
         inputs = parts_of(batch, side)
-        return self._encode(side, self._views(inputs)[0] if side == "query" else inputs)
+        if side == "query":
+            return self._encode(self.encoder, self._views(inputs)[0])[0]
+        return self._encode(self.encoder if self.candidate_encoder is None else self.candidate_encoder, inputs)[0]
 
     def on_validation_epoch_start(self) -> None:
         """Begin anew."""
@@ -188,7 +190,7 @@ class RetrievalTask(Task):
         positives = gather(mine.positives)
         options = {name: gather(batch[key]) for name, key in (("labels", "label"), ("scores", "score")) if key in batch}
         negatives = None
-        if mine.negatives is not None:
+        if mine.negatives is not None and mine.owners is not None:
             negatives = gather(mine.negatives)
             options["owners"] = gather(mine.owners + first_row(mine.positives))
         taught = self._taught(batch, "positive", parts_of(batch, "positive"))
@@ -202,20 +204,24 @@ class RetrievalTask(Task):
         return torch.stack(losses).mean(), mine
 
     def _embedded(self, batch: Mapping[str, Tensor]) -> "_Embedded":
-        positives = self._encode("positive", parts_of(batch, "positive"))
-        queries = [(inputs, self._encode("query", inputs)) for inputs in self._views(parts_of(batch, "query"))]
-        inputs = parts_of(batch, "negatives")
-        if not inputs:
-            return _Embedded(queries, positives)
-        number = next(iter(inputs.values())).shape[1]
-        rows = torch.arange(len(positives), device=positives.device)
-        there = batch.get("negatives_mask", rows.new_ones(len(rows), number, dtype=torch.bool))
-        # Parameters in pieces are gathered in each forward pass, so all processes have to make equally many.
-        taken = torch.ones_like(there) if is_cut(self) else there
-        if not taken.any():  # as before the first mining: many encoders do not take a batch of nothing
-            return _Embedded(queries, positives, positives[:0], rows[:0])
-        negatives = self._encode("negatives", {name: part[taken] for name, part in inputs.items()})[there[taken]]
-        return _Embedded(queries, positives, negatives, rows[:, None].expand_as(there)[there])
+        views, found = self._views(parts_of(batch, "query")), [parts_of(batch, "positive")]
+        negatives, owners = parts_of(batch, "negatives"), None
+        if negatives:
+            number = next(iter(negatives.values())).shape[1]
+            rows = torch.arange(len(batch["index"]), device=batch["index"].device)
+            there = batch.get("negatives_mask", rows.new_ones(len(rows), number, dtype=torch.bool))
+            owners = rows[:, None].expand_as(there)[there]
+            # Parameters in pieces are gathered in each forward pass, so all processes have to make equally many.
+            taken = torch.ones_like(there) if is_cut(self) else there
+            if taken.any():  # before the first mining there are none, and many encoders take no batch of nothing
+                found.append({name: part[taken] for name, part in negatives.items()})
+        if self.candidate_encoder is None:
+            embeddings = self._encode(self.encoder, *views, *found)
+        else:
+            embeddings = (*self._encode(self.encoder, *views), *self._encode(self.candidate_encoder, *found))
+        queries, (positives, *rest) = embeddings[: len(views)], embeddings[len(views) :]
+        embedded = rest[0][there[taken]] if rest else None if owners is None else positives[:0]
+        return _Embedded(list(zip(views, queries, strict=True)), positives, embedded, owners)
 
     def _views(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The queries of a batch: one of all its parts, or one of each."""
@@ -223,16 +229,15 @@ class RetrievalTask(Task):
             return [inputs]
         return [{"image": inputs["image"]}, {name: part for name, part in inputs.items() if name != "image"}]
 
-    def _encode(self, side: Side, inputs: dict[str, Tensor]) -> Tensor:
-        if not inputs:
-            raise ValueError(f"batch: has no {side}_image and no {side}_text")
-        encoder = self.encoder if side == "query" or self.candidate_encoder is None else self.candidate_encoder
-        # Last batches of an evaluation may differ by a row, and so by a chunk: not where parameters are in pieces.
-        chunked = None if is_cut(self) and not torch.is_grad_enabled() else self._chunked
-        embeddings: Tensor = encoder(inputs) if chunked is None else chunked(encoder, inputs)
+    def _encode(self, encoder: nn.Module, *inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The embeddings of each."""
+        # Last batches of an evaluation may differ by a row, and so by a chunk: whole where parameters are in pieces.
+        if self._chunk_size is None or (is_cut(self) and not torch.is_grad_enabled()):
+            return tuple(encoder(part) for part in inputs)
+        embeddings: tuple[Tensor, ...] = encode_in_chunks(encoder, inputs, self._chunk_size)
         return embeddings
 
-    def _taught(self, batch: Mapping[str, Tensor], side: Literal["query", "positive"], inputs: Any) -> Tensor | None:
+    def _taught(self, batch: Mapping[str, Tensor], side: Side, inputs: Any) -> Tensor | None:
         if self._teacher is None or not self.training:
             return None
         return gather(self._teacher.embed(inputs, side, batch["index"]))
@@ -269,6 +274,6 @@ class _Embedded:
     owners: Tensor | None = None
 
 
-def parts_of(batch: Mapping[str, Tensor], side: Side) -> dict[str, Tensor]:
+def parts_of(batch: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:
     """What a batch has of a side, by the names that encoders take: `image`, `text`, `text_mask`."""
     return {name: batch[f"{side}_{name}"] for name in _INPUTS if f"{side}_{name}" in batch}

@@ -35,7 +35,7 @@ class TextBag(nn.Module):
         super().__init__()
         check_positive(vocab_size=vocab_size, dim=dim)
         check_dropout(dropout)
-        self.vectors = nn.Parameter(torch.randn(vocab_size, dim) * dim**-0.5)  # of length 1 or so
+        self.token_vectors = nn.Parameter(torch.randn(vocab_size, dim) * dim**-0.5)  # of length 1 or so
         self.weights = nn.Parameter(torch.zeros(vocab_size))
         self.dropout = dropout
         self.out_features = dim
@@ -47,7 +47,7 @@ class TextBag(nn.Module):
         logits = self.weights[text]
         shares = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1) * mask
         # One sum without the vectors of every token in memory.
-        return F.embedding_bag(text, self.vectors, mode="sum", per_sample_weights=shares)
+        return F.embedding_bag(text, self.token_vectors, mode="sum", per_sample_weights=shares)
 
 
 class TextTransformer(nn.Module):
@@ -82,8 +82,8 @@ class TextTransformer(nn.Module):
         super().__init__()
         check_positive(vocab_size=vocab_size, max_length=max_length)
         self.blocks = make_blocks(dim, layers, heads, dropout)
-        self.vectors = nn.Parameter(torch.randn(vocab_size, dim) * 0.02)
-        self.positions = nn.Parameter(torch.randn(max_length, dim) * 0.02)
+        self.token_vectors = nn.Parameter(torch.randn(vocab_size, dim) * 0.02)
+        self.position_embedding = nn.Parameter(torch.randn(max_length, dim) * 0.02)
         self.norm = nn.LayerNorm(dim)
         self.max_length = max_length
         self.out_features = dim
@@ -98,7 +98,7 @@ class TextTransformer(nn.Module):
             raise ValueError(f"max_length={self.max_length}: texts have up to {text.shape[1]} tokens")
         # Counted from a row's first token, wherever it stands.
         columns = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = F.embedding(text, self.vectors) + F.embedding(columns, self.positions)
+        hidden = F.embedding(text, self.token_vectors) + F.embedding(columns, self.position_embedding)
         # A row of nothing but padding looks at all of it: attention over nothing is not a number.
         hidden_from_view = ~mask & mask.any(1, keepdim=True)
         for block in self.blocks:

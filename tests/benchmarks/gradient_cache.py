@@ -71,7 +71,7 @@ def contenders(encoder: Encoder) -> dict[str, Step]:
         "checkpoint": step(
             lambda ids: torch.cat([checkpoint(encoder, part, use_reentrant=False) for part in ids.split(CHUNK)])
         ),
-        "cache": step(lambda ids: cache(encoder, ids)),
+        "cache": lambda queries, documents: info_nce(*cache(encoder, queries, documents)),
     }
     other = sentence_transformers(encoder)
     return found if other is None else found | {"sentence-transformers": other}

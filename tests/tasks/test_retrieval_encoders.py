@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from trainerkit.muon import Muon
+from trainerkit.optim import decays, make_optimizer
 from trainerkit.tasks.retrieval.encoder import Encoder
 from trainerkit.tasks.retrieval.pictures import ImageCNN, ImageViT
 from trainerkit.tasks.retrieval.pooling import POOLINGS, masked
@@ -113,7 +115,7 @@ def test_the_order_of_tokens_counts_for_nothing_in_means_and_maxima(kind):
 
 def naive_bag(bag, row):
     """Of a list of ids."""
-    vectors, weights = bag.vectors.detach().double(), bag.weights.detach().double()
+    vectors, weights = bag.token_vectors.detach().double(), bag.weights.detach().double()
     shares = [math.exp(weights[token]) for token in row]
     total = sum(share * vectors[token] for share, token in zip(shares, row, strict=True))
     return total / sum(shares) if row else torch.zeros(WIDTH, dtype=torch.float64)
@@ -131,7 +133,7 @@ def test_a_bag_is_the_weighted_mean_of_its_tokens_vectors():
 def test_a_new_bag_is_a_plain_mean():
     bag, text = TEXTS["bag"](), batch()["text"]
     everything = torch.ones_like(text, dtype=torch.bool)
-    torch.testing.assert_close(bag(text, everything), bag.vectors[text].mean(1))
+    torch.testing.assert_close(bag(text, everything), bag.token_vectors[text].mean(1))
 
 
 def test_a_bag_s_gradients_are_the_numerical_ones():
@@ -139,16 +141,16 @@ def test_a_bag_s_gradients_are_the_numerical_ones():
 
     def of(vectors, weights):
         return torch.func.functional_call(
-            bag, {"vectors": vectors, "weights": weights}, (inputs["text"], inputs["text_mask"])
+            bag, {"token_vectors": vectors, "weights": weights}, (inputs["text"], inputs["text_mask"])
         )
 
     weights = torch.randn(VOCABULARY, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(of, (bag.vectors.detach().requires_grad_(), weights))
+    assert torch.autograd.gradcheck(of, (bag.token_vectors.detach().requires_grad_(), weights))
 
 
 def test_dropout_leaves_out_tokens_in_training_only():
     bag, text = TEXTS["bag"](dropout=0.5), torch.arange(1, 9)[None].expand(2000, -1) % VOCABULARY
-    everything, mean = torch.ones_like(text, dtype=torch.bool), bag.vectors[text[0]].mean(0)
+    everything, mean = torch.ones_like(text, dtype=torch.bool), bag.token_vectors[text[0]].mean(0)
     assert not torch.equal(bag(text, everything)[0], bag(text, everything)[1])
     torch.testing.assert_close(bag(text, everything).mean(0), mean, rtol=0, atol=0.03)
     torch.testing.assert_close(bag.eval()(text, everything)[0], mean)
@@ -411,3 +413,15 @@ def test_backbones_refuse_what_is_not_possible(make, message):
 def test_masked_without_a_mask_is_the_same():
     hidden = torch.randn(2, 3, 4)
     assert masked(hidden) is hidden
+
+
+def test_tables_of_tokens_and_positions_do_not_decay_and_are_none_of_muon_s_matrices():
+    encoder = Encoder(ImageViT(1, 8, patch_size=4, dim=8, layers=1, heads=2), TextTransformer(9, 8, 8, 1, 2), dim=4)
+    tables = {"token_vectors", "position_embedding", "class_token"}
+    for name, parameter in encoder.named_parameters():
+        if name.rpartition(".")[2] in tables:
+            assert not decays(name, parameter, encoder.get_submodule(name.rpartition(".")[0]))
+    found = make_optimizer(Muon, encoder).param_groups[0]["params"]
+    matrices = {name.rpartition(".")[2] for name, p in encoder.named_parameters() if any(p is q for q in found)}
+    assert matrices
+    assert not matrices & tables

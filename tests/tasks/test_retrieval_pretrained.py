@@ -259,7 +259,8 @@ def test_a_folder_that_is_not_there_is_refused(transformers, tmp_path):
 )
 def test_a_package_that_is_missing_is_named_with_its_extra(make, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"=x\)? needs the package {package}.*\n  pip install.*\[pretrained\]"):
+    extra = "timm" if package == "timm" else "pretrained"
+    with pytest.raises(UserError, match=rf"=x\)? needs the package {package}.*\n  pip install.*\[{extra}\]"):
         make()
 
 

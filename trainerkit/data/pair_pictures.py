@@ -61,12 +61,9 @@ def moved(pictures: Tensor, draws: Tensor, by: Augmentation) -> Tensor:
     angle = torch.deg2rad(by.rotation * turn)
     size = (1 + by.scale) ** -grow
     cos, sin = size * angle.cos(), size * angle.sin()
-    height, width = pictures.shape[2:]
-    # The grid goes from -1 to 1: a side is 2 long. `affine_grid` gives the same, and takes three times as long.
-    x = ((2 * torch.arange(width) + 1) / width - 1).expand(height, width)
-    y = ((2 * torch.arange(height) + 1) / height - 1)[:, None].expand(height, width)
-    cos, sin, right, down = (each[:, None, None] for each in (cos, sin, 2 * by.shift * right, 2 * by.shift * down))
-    grid = torch.stack([cos * x - sin * y + right, sin * x + cos * y + down], -1)
+    # The grid goes from -1 to 1: a side is 2 long.
+    rows = [torch.stack(row, 1) for row in ((cos, -sin, 2 * by.shift * right), (sin, cos, 2 * by.shift * down))]
+    grid = F.affine_grid(torch.stack(rows, 1), list(pictures.shape), align_corners=False)
     return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
 
