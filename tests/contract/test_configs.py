@@ -31,7 +31,7 @@ ALLOW = AllowList()
 COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
 # The task that an experiment is of, if it is not mae; and that of a whole group.
 OF = dict.fromkeys(("tisslm_document", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "lm_gpu"), "lm")
-OF |= {"loss": "retrieval"}
+OF |= dict.fromkeys(("loss", "hard_negatives", "retrieval_student", "vembed_document"), "retrieval")
 # What a choice needs before it can be composed or built.
 NEEDS = {
     "data/spectra": ["data.path=spectra.npy"],
