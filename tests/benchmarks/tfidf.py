@@ -12,6 +12,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from trainerkit.data import HashedWords, StdlibPairs
 
+_WAYS = {
+    "log counts": {},
+    "plain counts": {"sublinear_tf": False},
+    "scikit-learn's words": {"analyzer": "word", "sublinear_tf": False},
+    "with n-grams": {"analyzer": lambda text: words_and_ngrams(text)},
+}
+
 
 def mean_reciprocal_rank(queries: list[str], candidates: list[str], right: list[int], **options) -> float:
     """MRR of the cosine of TF-IDF vectors; `right` has each query's place among the candidates."""
@@ -20,6 +27,12 @@ def mean_reciprocal_rank(queries: list[str], candidates: list[str], right: list[
     scores = np.asarray((vectorizer.transform(queries) @ found.T).todense())
     own = scores[np.arange(len(queries)), right][:, None]
     return float((1 / (scores >= own).sum(1)).mean())
+
+
+def words_and_ngrams(text: str) -> list[str]:
+    """Words, and their n-grams of four letters as `data.char_ngrams=[4,4]` gives them."""
+    words = HashedWords(char_ngrams=(4, 4))
+    return [part for word in words.words(text) for part in (word, *words._char_ngrams(word))]
 
 
 def main() -> None:
@@ -42,11 +55,9 @@ def main() -> None:
             mean_reciprocal_rank(
                 [queries[row] for row in rows], [codes[row] for row in candidates], [place[row] for row in rows], **how
             )
-            for how in ({}, {"sublinear_tf": False}, {"analyzer": "word", "sublinear_tf": False})
+            for how in _WAYS.values()
         ]
-        print(
-            f"  {name:<20} MRR {figures[0]:.3f}, plain counts {figures[1]:.3f}, scikit-learn's words {figures[2]:.3f}"
-        )
+        print(f"  {name:<20} MRR {', '.join(f'{how} {f:.3f}' for how, f in zip(_WAYS, figures, strict=True))}")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def _lm(folder: Path) -> list[str]:
 
 
 def _retrieval(folder: Path) -> list[str]:
-    """180 questions and answers, nine steps an epoch in chunks, three batches to validate, mined negatives."""
+    """180 questions and answers, some nine steps an epoch in chunks, three batches to validate, mined negatives."""
     path = folder / "pairs.jsonl"
     if not path.exists():
         names = np.random.default_rng(0).choice(["ab", "ce", "di", "fo", "gu"], size=(180, 3))
@@ -142,18 +142,18 @@ def _retrieval(folder: Path) -> list[str]:
         "data.test_fraction=0.1",
         "data.mined_negatives=2",
         "task.encoder.text._target_=trainerkit.tasks.retrieval.TextTransformer",
-        "+task.encoder.text.max_length=8",
-        "+task.encoder.text.dim=16",
-        "+task.encoder.text.layers=1",
-        "+task.encoder.text.heads=2",
-        "+task.encoder.text.dropout=0.1",
+        "++task.encoder.text.max_length=8",
+        "task.encoder.text.dim=16",
+        "++task.encoder.text.layers=1",
+        "++task.encoder.text.heads=2",
+        "task.encoder.text.dropout=0.1",
         "task.encoder.dim=16",
         "task.gradient_cache=true",
         "task.gradient_cache_chunk_size=6",
         "task.loss.learnable_temperature=true",
-        f"+{mining}._target_=trainerkit.tasks.retrieval.HardNegatives",
-        f"+{mining}.k=2",
-        f"+{mining}.sample=random",
+        f"++{mining}._target_=trainerkit.tasks.retrieval.HardNegatives",
+        f"++{mining}.k=2",
+        f"++{mining}.sample=random",
         "callbacks.neighbours.n_queries=2",
         "trainer.check_val_every_n_epoch=1",
     ]
