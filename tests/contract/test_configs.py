@@ -34,6 +34,7 @@ OF = dict.fromkeys(("tisslm_document", "gpt2", "gpt2_medium", "gpt2_large", "gpt
 OF |= dict.fromkeys(("code_search", "hard_negatives", "retrieval_student", "vembed_document", "loss"), "retrieval")
 # What a choice needs before it can be composed or built.
 NEEDS = {
+    "experiment/retrieval_student": ["task.teacher.weights=teacher.safetensors"],
     "data/spectra": ["data.path=spectra.npy"],
     "data/text": ["data.path=text.txt", "data.context_length=32", "data.batch_size=8", "data.cache_dir=cache"],
     "data/text_stream": ["data.path=tokens", "data.context_length=32", "data.batch_size=8"],
