@@ -226,7 +226,8 @@ def shown_as(value):
 
 
 @pytest.mark.parametrize(
-    ("task", "experiment", "number"), [("mae", "chemomae_document", 31), ("lm", "tisslm_document", 12)]
+    ("task", "experiment", "number"),
+    [("mae", "chemomae_document", 31), ("lm", "tisslm_document", 12), ("retrieval", "vembed_document", 13)],
 )
 def test_the_table_of_documented_keys_is_what_the_configs_say(task, experiment, number):
     """'The documented keys' of a task's page: each key's value in both columns, from the composed config."""
