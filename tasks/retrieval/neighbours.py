@@ -70,7 +70,7 @@ class Answer:
 class Neighbours(Callback):
     """Show what lies next to a query.
 
-    After each validation and test, for each evaluation set, `neighbours/SET.png` in the run's folder: queries, spread
+    After each test, and each validation if asked, for each evaluation set, `neighbours/SET.png` in the run's folder: queries, spread
     over the rows, and their neighbours among all rows' positives, the right ones in a green frame; `neighbours/SET.txt`
     where these are texts. In `stage=predict` with a query (`predict_names` of the data module is `query`, `corpus`):
     the neighbours on the screen and in `predictions/neighbours.json`.
@@ -79,13 +79,14 @@ class Neighbours(Callback):
         k: neighbours of a query.
         n_queries: queries of an evaluation set.
         pictures: False writes texts for pictures too.
+        validation: after each validation as well, which the next one writes over.
 
     Raises:
         ValueError: for numbers below 1; in `setup`, for a module or data module without what is needed.
         UserError: before anything is trained, without matplotlib where pictures are to be drawn.
     """
 
-    def __init__(self, k: int = 10, n_queries: int = 8, pictures: bool = True) -> None:
+    def __init__(self, k: int = 10, n_queries: int = 8, pictures: bool = True, validation: bool = False) -> None:
         if k < 1:
             raise ValueError(f"k={k}: must be 1 or more")
         if n_queries < 1:
@@ -93,6 +94,7 @@ class Neighbours(Callback):
         self.k = k
         self.n_queries = n_queries
         self.pictures = pictures
+        self.validation = validation
         self._predicted = {_QUERY: PredictedRows(), _CORPUS: PredictedRows()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,7 +113,7 @@ class Neighbours(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the neighbours of each validation set."""
-        if not trainer.sanity_checking:
+        if self.validation and not trainer.sanity_checking:
             self._write_all(trainer, pl_module, trainer.val_dataloaders)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -102,6 +102,14 @@ def test_texts_are_written_out_and_the_right_ones_marked(tmp_path):
     assert [line[2] for line in last[1:4]] == ["*", " ", " "]
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_validation_draws_only_where_that_is_asked_for(asked, tmp_path):
+    callback = Neighbours(k=2, n_queries=1, pictures=False, validation=asked)
+    trainer = toy_trainer(tmp_path, [callback], use_distributed_sampler=False)
+    trainer.validate(Searcher(), datamodule=Shapes(), verbose=False)
+    assert (tmp_path / "neighbours" / "shapes.txt").exists() == asked
+
+
 def test_pictures_are_texts_where_that_is_asked_for(tmp_path):
     evaluated(tmp_path, Neighbours(k=30, n_queries=1, pictures=False))
     lines = (tmp_path / "neighbours" / "shapes.txt").read_text().splitlines()
