@@ -96,7 +96,8 @@ class Teacher(nn.Module):
         if self._cache is None or index is None or not len(index):
             return self._compute(inputs, side)
         rows, known_by = index.tolist(), fingerprint(inputs).tolist()
-        found, kept = self._cache.read(side, rows, known_by)
+        place = _place(side, inputs)
+        found, kept = self._cache.read(place, rows, known_by)
         absent = [position for position, there in enumerate(found) if not there]
         made = None
         if absent:
@@ -105,7 +106,7 @@ class Teacher(nn.Module):
             if embeddings.ndim != 2:
                 raise ValueError(f"cache_dir: keeps embeddings (B, D); this teacher's are {tuple(embeddings.shape)}")
             made = self._cache.write(
-                side, [rows[i] for i in absent], [known_by[i] for i in absent], embeddings.cpu().numpy()
+                place, [rows[i] for i in absent], [known_by[i] for i in absent], embeddings.cpu().numpy()
             )
         parts = [torch.from_numpy(part) for part in (kept, made) if part is not None]
         there = [position for position, is_there in enumerate(found) if is_there]
@@ -136,6 +137,11 @@ class Teacher(nn.Module):
         inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
         with torch.autocast(device.type, enabled=False):
             return normalized(tower(inputs))
+
+
+def _place(side: Side, inputs: dict[str, Tensor]) -> str:
+    """Side and modalities, such as 'query-image+text'."""
+    return f"{side}-{'+'.join(sorted(name for name in inputs if not name.endswith('_mask')))}"
 
 
 def _load(towers: dict[str, nn.Module], weights: str | Path) -> None:

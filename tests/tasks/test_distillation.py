@@ -123,7 +123,7 @@ class Encoder(nn.Module):
         self.calls.append(
             {name: tensor.dtype for name, tensor in inputs.items()} | {"rows": len(next(iter(inputs.values())))}
         )
-        found = self.pixels(inputs["image"].flatten(1))
+        found = self.pixels(inputs["image"].flatten(1)) if "image" in inputs else 0
         if "text" in inputs:
             there = inputs["text_mask"][..., None]
             found = found + (self.tokens(inputs["text"]) * there).sum(1) / there.sum(1).clamp(min=1)
@@ -250,6 +250,16 @@ def test_a_row_whose_input_changed_is_embedded_anew_and_other_padding_is_no_chan
     torch.testing.assert_close(found, make_teacher().embed(changed), rtol=0, atol=1e-3)
 
 
+def test_a_row_that_asks_with_its_picture_and_with_its_text_has_a_record_of_each_and_of_both(tmp_path):
+    teacher, batch, rows = make_teacher(cache_dir=tmp_path), inputs(), torch.arange(6)
+    views = [batch, {"image": batch["image"]}, {name: part for name, part in batch.items() if name != "image"}]
+    first = [teacher.embed(view, "query", rows) for view in views]
+    again = [teacher.embed(view, "query", rows) for view in views]
+    assert len(tower(teacher).calls) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[1], first[2])
+
+
 def test_another_teacher_and_another_data_set_have_another_cache(tmp_path):
     base = make_teacher()
     others = [
@@ -261,7 +271,7 @@ def test_another_teacher_and_another_data_set_have_another_cache(tmp_path):
     assert make_teacher().digest() == base.digest()
     for dataset in ("", "mine"):
         make_teacher(cache_dir=tmp_path, dataset=dataset).embed(inputs(), "query", torch.arange(6))
-    assert len(list(tmp_path.glob("teacher/*/query-4.float16"))) == 2
+    assert len(list(tmp_path.glob("teacher/*/query-image+text-4.float16"))) == 2
 
 
 def test_fingerprints_tell_rows_places_and_parts_apart():
