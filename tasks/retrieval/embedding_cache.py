@@ -1,7 +1,7 @@
 """Embeddings of a data set's rows on disk, so that a frozen encoder sees each row once, not once an epoch.
 
-One file for each place and width, `query-image-384.float16`: a row whose picture and text are two queries has a record in
-each of two files. Record i is row i's:
+One file for each place (side and modalities) and width, `query-image-384.float16`: a row whose picture and text are two
+queries has a record in each of two files. Record i is row i's:
 
     the embedding | fingerprint of the row's input, 8 bytes | CRC-32 of both, 4 bytes
 

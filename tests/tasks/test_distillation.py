@@ -21,6 +21,7 @@ from trainerkit.tasks.retrieval.distillation import Distillation, embedding_mse,
 from trainerkit.tasks.retrieval.embedding_cache import EmbeddingCache, fingerprint
 from trainerkit.tasks.retrieval.losses import InfoNCE
 from trainerkit.tasks.retrieval.similarity import normalized, similarity
+from trainerkit.tasks.retrieval.task import RetrievalTask
 from trainerkit.tasks.retrieval.teacher import Teacher
 
 N, D = 5, 4
@@ -146,6 +147,13 @@ def tower(teacher):
     return teacher._towers["encoder"]
 
 
+class AsLongAsTheLongest(Encoder):
+    """A vector for each token of the longest text among those it sees at a time."""
+
+    def forward(self, inputs):
+        return inputs["text"][:, : int((inputs["text"] > 0).sum(1).max()), None].float()
+
+
 class Student(LightningModule):
     def __init__(self, teacher):
         super().__init__()
@@ -195,6 +203,30 @@ def test_it_gives_embeddings_of_length_one_without_a_graph_in_its_own_precision(
     assert tower(half).calls[-1]["image"] == torch.bfloat16
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, found, rtol=0, atol=0.05)
+
+
+def test_chunks_change_nothing_but_how_many_rows_the_teacher_sees(tmp_path):
+    expected = make_teacher().embed(inputs(7))
+    chunked = make_teacher(chunk_size=3)
+    torch.testing.assert_close(chunked.embed(inputs(7)), expected)
+    assert [call["rows"] for call in tower(chunked).calls] == [3, 3, 1]
+    assert chunked.digest() == make_teacher().digest()
+    cached = make_teacher(chunk_size=4, cache_dir=tmp_path)
+    torch.testing.assert_close(cached.embed(inputs(7), "query", torch.arange(7)), expected, rtol=0, atol=1e-3)
+    assert [call["rows"] for call in tower(cached).calls] == [4, 3]
+    sequences = make_teacher(kind=AsLongAsTheLongest, chunk_size=3)
+    batch = {"text": torch.tensor([[1, 2, 0], [1, 0, 0], [2, 0, 0], [3, 4, 5]])}
+    found = sequences.embed(batch)
+    assert found.shape == (4, 3, 1)
+    assert not found[0, 2].any()
+    assert chunked.embed({"image": torch.rand(0, 3, 2, 2)}).shape == (0, D)
+
+
+@pytest.mark.parametrize(("own", "gradient_cache", "expected"), [(None, True, 5), (3, True, 3), (None, False, None)])
+def test_a_task_with_a_gradient_cache_gives_its_chunk_size_to_a_teacher_without_one(own, gradient_cache, expected):
+    teacher = make_teacher(chunk_size=own)
+    RetrievalTask(Encoder(), teacher=teacher, gradient_cache=gradient_cache, gradient_cache_chunk_size=5)
+    assert teacher.chunk_size == expected
 
 
 def test_of_two_towers_each_has_its_side_and_weights_are_those_of_a_run(tmp_path):
@@ -364,6 +396,7 @@ def test_what_cannot_be_says_what_is_allowed(tmp_path):
         (lambda: Distillation(kind="ce"), "kind=ce: must be kl or mse"),
         (lambda: Distillation(scale=0), "scale=0: must be above 0"),
         (lambda: make_teacher(dtype="int8"), "dtype=int8: must be float32"),
+        (lambda: make_teacher(chunk_size=0), "chunk_size=0: must be 1 or more, or null for all rows at once"),
         (lambda: make_teacher(cache_dtype="int8"), "cache_dtype=int8: must be float16 or float32"),
         (lambda: make_teacher().embed(inputs(), "negatives"), "side=negatives: must be query or positive"),
         (
