@@ -162,6 +162,28 @@ def test_two_processes_with_uneven_rows_equal_one(labels, tmp_path):
     assert outcomes[0]["result"] == pytest.approx(single.compute(), abs=1e-12)
 
 
+@pytest.mark.parametrize("negatives", [False, True])
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_process_without_rows_takes_part_and_gets_the_metrics_of_the_other(given, negatives, tmp_path):
+    def filled():
+        evaluation_set = in_batches(rows(), EvaluationSet(KS))
+        if negatives:
+            evaluation_set.add(**rows(2), negatives=drawn(3, 6, seed=9), owners=torch.tensor([0, 1, 1]))
+        return evaluation_set
+
+    def work(rank):
+        trainer = toy_trainer(tmp_path, devices=2, strategy="ddp")
+        trainer.strategy.setup_environment()
+        with pytest.raises(ValueError, match="rows=0: an evaluation set needs at least one row"):
+            EvaluationSet(KS).compute()
+        return (filled() if rank == given else EvaluationSet(KS)).compute()
+
+    outcomes = two_processes(work, tmp_path)
+    assert "error" not in outcomes[0], outcomes
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0]["result"] == pytest.approx(filled().compute(), abs=1e-12)
+
+
 def test_a_cleared_set_begins_anew():
     evaluation_set = in_batches(rows(), EvaluationSet(KS))
     evaluation_set.clear()
