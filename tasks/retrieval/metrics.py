@@ -64,7 +64,7 @@ def retrieval_metrics(
         }
     reciprocal = summed((place == 1) / rank)
     found |= {"mrr": reciprocal, "map": summed(place / rank) / relevant}
-    return found | {f"mrr@{k}": reciprocal * (reciprocal * k >= 1) for k in mrr_ks}
+    return found | {f"mrr@{k}": summed((place == 1) & (ranks <= k)) * reciprocal for k in mrr_ks}
 
 
 def ranks_of(metrics: Sequence[str]) -> tuple[list[int], list[int]]:

@@ -80,6 +80,16 @@ def test_mse_is_two_minus_two_cosines(shape):
     assert float(embedding_mse(2 * teacher, teacher)) == pytest.approx(0, abs=1e-12)
 
 
+def test_padding_of_late_interaction_counts_for_nothing_in_mse():
+    student, teacher = randn(N, 3, D), randn(N, 3, D, seed=1)
+    padded = [nn.functional.pad(tensor, (0, 0, 0, 4)) for tensor in (student, teacher)]
+    torch.testing.assert_close(embedding_mse(*padded), embedding_mse(student, teacher))
+    teacher[0, 1:] = 0
+    there = teacher.any(-1)
+    torch.testing.assert_close(embedding_mse(student, teacher), embedding_mse(student[there], teacher[there]))
+    assert embedding_mse(student, 0 * teacher) == 0
+
+
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_the_two_losses_are_weighted(kind, weight):

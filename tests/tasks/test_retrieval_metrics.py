@@ -69,6 +69,13 @@ def test_they_equal_their_formulas_in_a_loop():
         assert float(metrics["mrr@2"][i]) == pytest.approx(1 / first if first <= 2 else 0)
 
 
+def test_the_rank_k_itself_counts_whatever_its_reciprocal_rounds_to():
+    for k in range(1, 200):
+        metrics = retrieval_metrics(*csr([[k], [k + 1], [k, k + 1]]), ks=(k,), mrr_ks=(k,))
+        assert metrics[f"mrr@{k}"].tolist() == [1 / k, 0, 1 / k]
+        assert metrics[f"hit_rate@{k}"].tolist() == [1, 0, 1]
+
+
 def test_mrr_and_map_look_beyond_every_k():
     metrics = retrieval_metrics(*csr([[1000]]), ks=(1,))
     assert float(metrics["mrr"]) == float(metrics["map"]) == 0.001
