@@ -49,13 +49,13 @@ def similarity_kl(student: Tensor, teacher: Tensor, temperature: float = 4.0) ->
 
 
 def embedding_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance of normalised embeddings, the mean over rows: 2 − 2 · cosine.
+    """Squared distance of normalised embeddings, the mean over the teacher's vectors: 2 − 2 · cosine.
 
     Summed over the width, not averaged: a mean over D as well would make it nothing beside the task's loss.
 
     Args:
-        student: (N, D), or (N, T, D) where each vector is a row.
-        teacher: of the same shape; gets no gradient.
+        student: (N, D), or (N, T, D).
+        teacher: of the same shape; gets no gradient. Where its vector is zeros there is padding, which does not count.
 
     Raises:
         ValueError: for other shapes, above all another width.
@@ -65,8 +65,9 @@ def embedding_mse(student: Tensor, teacher: Tensor) -> Tensor:
             f"student, teacher: shapes {tuple(student.shape)} and {tuple(teacher.shape)}; embeddings of different "
             "widths cannot be compared: give the student a projection to the teacher's width, or take kind='kl'"
         )
+    there = teacher.detach().any(-1)
     squares = (normalized(student) - normalized(teacher.detach())).square().sum(-1)
-    return squares.sum() / max(1, squares.numel())
+    return (squares * there).sum() / there.sum().clamp(min=1)
 
 
 class Distillation(nn.Module):

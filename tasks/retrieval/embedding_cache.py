@@ -1,6 +1,7 @@
 """Embeddings of a data set's rows on disk, so that a frozen encoder sees each row once, not once an epoch.
 
-One file for each side and width, `query-384.float16`. Record i is row i's:
+One file for each place (side and modalities) and width, `query-image-384.float16`: a row whose picture and text are two
+queries has a record in each of two files. Record i is row i's:
 
     the embedding | fingerprint of the row's input, 8 bytes | CRC-32 of both, 4 bytes
 
@@ -50,7 +51,7 @@ def fingerprint(inputs: dict[str, Tensor]) -> Tensor:
 
 
 class EmbeddingCache:
-    """Embeddings by side and row, in the folder's files; format at the top.
+    """Embeddings by place and row, in the folder's files; format at the top.
 
     Args:
         folder: made if it is not there; several processes may share it.
@@ -68,13 +69,15 @@ class EmbeddingCache:
         except OSError as error:
             raise self._cannot_write(error) from error
 
-    def read(self, side: str, rows: Sequence[int], fingerprints: Sequence[int]) -> tuple[list[bool], np.ndarray | None]:
+    def read(
+        self, place: str, rows: Sequence[int], fingerprints: Sequence[int]
+    ) -> tuple[list[bool], np.ndarray | None]:
         """Which rows are there with these fingerprints, and the embeddings of those alone, in their order.
 
         Returns:
             A bool for each row, and (number there, D), or None where none is.
         """
-        known = self._found(side)
+        known = self._found(place)
         if known is None:
             return [False] * len(rows), None
         path, width = known
@@ -91,7 +94,7 @@ class EmbeddingCache:
                     embeddings.append(np.frombuffer(body, self.dtype, width))
         return found, np.stack(embeddings) if embeddings else None
 
-    def write(self, side: str, rows: Sequence[int], fingerprints: Sequence[int], embeddings: np.ndarray) -> np.ndarray:
+    def write(self, place: str, rows: Sequence[int], fingerprints: Sequence[int], embeddings: np.ndarray) -> np.ndarray:
         """Keep embeddings (B, D) of rows; gives them back as `read` will.
 
         Raises:
@@ -99,7 +102,7 @@ class EmbeddingCache:
         """
         embeddings = np.ascontiguousarray(embeddings, self.dtype)
         width = embeddings.shape[1]
-        path = self.folder / f"{side}-{width}.{self.dtype.name}"
+        path = self.folder / f"{place}-{width}.{self.dtype.name}"
         try:
             path.touch()
             with FileIO(path, "r+") as file:
@@ -111,10 +114,10 @@ class EmbeddingCache:
             raise self._cannot_write(error) from error
         return embeddings
 
-    def _found(self, side: str) -> tuple[Path, int] | None:
-        """The file of a side and its width; one encoder has one."""
-        for path in self.folder.glob(f"{side}-*.{self.dtype.name}"):
-            return path, int(path.stem.removeprefix(f"{side}-"))
+    def _found(self, place: str) -> tuple[Path, int] | None:
+        """The file of a place and its width; one encoder has one."""
+        for path in self.folder.glob(f"{place}-*.{self.dtype.name}"):
+            return path, int(path.stem.removeprefix(f"{place}-"))
         return None
 
     def _record_bytes(self, width: int) -> int:

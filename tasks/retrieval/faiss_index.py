@@ -96,7 +96,9 @@ class FaissIndex(Callback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last loader's, which is the corpus."""
-        index, embeddings = self._rows[max(self._rows)].of_all_ranks()
+        # Not the last that this process was given rows of: a corpus of few may be another's alone.
+        last = len(trainer.num_predict_batches) - 1
+        index, embeddings = self._rows.get(last, PredictedRows()).of_all_ranks()
         self._rows = {}
         if trainer.is_global_zero:
             write_faiss_index(Path(trainer.default_root_dir) / self.dirname / "index.faiss", embeddings, index)

@@ -77,8 +77,9 @@ def encode_in_chunks(encoder: nn.Module, batches: Sequence[Any], chunk_size: int
 
     Raises:
         ValueError: for an encoder that is wrapped in DistributedDataParallel; for inputs without rows, with different
-            numbers of them, or that require a gradient; for outputs whose rows are not those of the inputs.
-        RuntimeError: in the backward pass, for inputs that were written to since they were given.
+            numbers of them, or that require a gradient; for embeddings with sparse gradients; for outputs whose rows
+            are not those of the inputs.
+        RuntimeError: in the backward pass, for inputs or parameters that were written to since they were given.
     """
     if isinstance(encoder, DistributedDataParallel):
         raise ValueError(
@@ -89,6 +90,8 @@ def encode_in_chunks(encoder: nn.Module, batches: Sequence[Any], chunk_size: int
     for name, value in (entry for batch in batches for entry in entries(batch)):
         if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: requires a gradient; only the encoder's parameters get one")
+    if torch.is_grad_enabled():
+        _no_sparse_gradients(encoder)
     if max(rows) <= chunk_size:
         return tuple(encoder(batch) for batch in batches)
     parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
@@ -102,6 +105,12 @@ def encode_in_chunks(encoder: nn.Module, batches: Sequence[Any], chunk_size: int
     return tuple(
         tree_unflatten(leaves[chunks.places(batch)], structure) for batch, structure in enumerate(chunks.structures)
     )
+
+
+def _no_sparse_gradients(encoder: nn.Module) -> None:
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ValueError(f"encoder: {name or type(module).__name__} has sparse=True; the sum over chunks is dense")
 
 
 class _Chunks:
@@ -220,7 +229,8 @@ class _Surroundings:
 
     def __init__(self, chunks: _Chunks) -> None:
         self._encoder, self._inputs = chunks.encoder, tuple(chunks.batches)
-        self._versions = _versions(self._inputs)
+        self._parameters = tuple(chunks.encoder.parameters())
+        self._versions = _versions(self._inputs), _versions(self._parameters)
         # Once for all chunks: both passes go over them in the same order.
         self._random = random_state()
         self._buffers = _copied_buffers(chunks.encoder)
@@ -239,8 +249,11 @@ class _Surroundings:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Random state and buffers as they were then; afterwards as they are now."""
-        if _versions(self._inputs) != self._versions:
+        inputs, parameters = self._versions
+        if _versions(self._inputs) != inputs:
             raise RuntimeError("inputs: were written to after they were given to the gradient cache")
+        if _versions(self._parameters) != parameters:
+            raise RuntimeError("parameters: were written to between the forward and the backward pass")
         random_now, buffers_now = random_state(), _copied_buffers(self._encoder)
         set_random_state(self._random)
         _set_buffers(self._encoder, self._buffers)

@@ -73,13 +73,13 @@ def mine(
     if labels is not None:
         labels = labels.to(candidates.device)
         exclude.append((labels[own_rows], labels))
+    # One pass over the candidates; what is found is gone through in parts, for which all its vectors are taken.
+    all_scores, all_rows = top_k(queries, candidates, rank_stop, exclude=exclude, device=device)
     found = []
     step = max(1, _NUMBERS // (rank_stop * candidates[0].numel()))
     for start in range(0, len(queries), step):
         part = slice(start, start + step)
-        leave_out = [(of_queries[part], of_candidates) for of_queries, of_candidates in exclude]
-        scores, rows = top_k(queries[part], candidates, rank_stop, exclude=leave_out, device=device)
-        own = own_rows[part]
+        scores, rows, own = all_scores[part], all_rows[part], own_rows[part]
         eligible = (rows >= 0) & ~_identical(candidates, own, rows)
         eligible[:, :rank_start] = False
         if margin is not None:
@@ -289,7 +289,7 @@ def embedded(trainer: Trainer, pl_module: Embeds, loader: Iterable[dict[str, Ten
     """`index`, `query` and `positive` of a loader's rows, and `label` where there is one, on the host."""
     parts: dict[str, list[Tensor]] = {}
     for given in loader:
-        batch = trainer.strategy.batch_to_device(given)
+        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(given))
         with trainer.precision_plugin.forward_context():
             sides = {side: on_host(pl_module.embed(batch, side)) for side in ("query", "positive")}
         sides |= {name: given[name].cpu() for name in ("index", "label") if name in given}

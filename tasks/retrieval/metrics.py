@@ -64,7 +64,7 @@ def retrieval_metrics(
         }
     reciprocal = summed((place == 1) / rank)
     found |= {"mrr": reciprocal, "map": summed(place / rank) / relevant}
-    return found | {f"mrr@{k}": reciprocal * (reciprocal * k >= 1) for k in mrr_ks}
+    return found | {f"mrr@{k}": summed((place == 1) & (ranks <= k)) * reciprocal for k in mrr_ks}
 
 
 def ranks_of(metrics: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -163,13 +163,10 @@ class EvaluationSet:
     def local(self) -> dict[str, Tensor]:
         """What this process was given, each row once in the order of `index`: `index`, `queries`, `positives`, `keys`.
 
-        Rows of equal keys are relevant to each other.
-
-        Raises:
-            ValueError: if there is nothing.
+        Rows of equal keys are relevant to each other. A process that was given nothing has tensors without rows.
         """
         if not self._parts:
-            raise ValueError("rows=0: an evaluation set needs at least one row")
+            return dict.fromkeys(("index", "queries", "positives", "keys"), torch.empty(0))
         names = ("index", "queries", "positives")
         rows = {name: joined(self._parts[name]) for name in names}
         rows["keys"] = joined(self._parts["labels"]) if "labels" in self._parts else rows["index"]
@@ -182,21 +179,25 @@ class EvaluationSet:
         Each process ranks its own queries, so that time falls with their number; all candidates are in each.
 
         Args:
-            gather: gives the rows of all processes in one order; integers and float64 too.
+            gather: gives the rows of all processes in one order; integers and float64 too. A process without rows
+                gives it a tensor of shape (0,), whatever those of the others are.
             device: where tiles are computed; None: the host.
 
         Raises:
-            ValueError: if a process has no row.
+            ValueError: in every process, if none has a row.
         """
         mine = self.local()
         index, candidates, keys = (gather(mine[name]) for name in ("index", "positives", "keys"))
+        if not len(index):
+            raise ValueError("rows=0: an evaluation set needs at least one row")
         once = first_of_each(index)
         candidates, keys = candidates[once], keys[once]
         negatives = self._all_negatives(gather)
         if negatives is not None:
             candidates = joined([candidates, negatives])
             keys = torch.cat([keys, (keys.min() - 1).expand(len(negatives))])
-        found = ranks(mine["queries"], candidates, (mine["keys"], keys), chunk_size=self.chunk_size, device=device)
+        queries = mine["queries"] if len(self) else candidates[:0]
+        found = ranks(queries, candidates, (mine["keys"], keys), chunk_size=self.chunk_size, device=device)
         metrics = retrieval_metrics(*found, self.ks, self.mrr_ks)
         # In the order of the rows: the sums do not depend on who ranked which.
         values = gather(torch.stack(list(metrics.values()), 1))[once]
@@ -205,14 +206,13 @@ class EvaluationSet:
     def _all_negatives(self, gather: Gather) -> Tensor | None:
         """The explicit negatives of all processes; those of a row that was given twice once."""
         mine = "negatives" in self._parts
-        # Whether anybody has some: a process without any takes part in gathering nothing of theirs.
-        width = joined(self._parts["negatives"]) if mine else joined(self._parts["positives"])[:0]
-        owners = torch.cat(self._parts["owners"]) if mine else torch.empty(0, dtype=torch.int64)
-        places = torch.cat(self._parts["places"]) if mine else torch.empty(0, dtype=torch.int64)
-        owners, places = gather(owners), gather(places)
+        # A process without any takes part with nothing.
+        owners, places, negatives = (
+            gather(joined(self._parts[name]) if mine else torch.empty(0)) for name in ("owners", "places", "negatives")
+        )
         if not len(owners):
             return None
-        return gather(width)[first_of_each(owners * (places.max() + 1) + places)]
+        return negatives[first_of_each(owners * (places.max() + 1) + places)]
 
 
 def _places(owners: Tensor) -> Tensor:

@@ -156,17 +156,17 @@ class Neighbours(Callback):
         loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         names = _data(trainer).evaluation_names
         for name, evaluation_set, loader in zip(names, pl_module.evaluation_sets, loaders, strict=True):
-            if len(evaluation_set):
-                answers = self._answers(trainer, evaluation_set, pl_module.device)
+            answers = self._answers(trainer, evaluation_set, pl_module.device)
+            if answers:
                 self._write(trainer, name, answers, loader)
 
     def _answers(self, trainer: Trainer, evaluation_set: EvaluationSet, device: torch.device) -> list[Answer]:
-        """Those of the first process' queries, the same in every process."""
+        """Those of the first process' queries, the same in every process; none if that has no rows."""
         mine = evaluation_set.local()
         corpus, positives, keys = (of_all_ranks(mine[name]) for name in ("index", "positives", "keys"))
         once = first_of_each(corpus)
         answers: list[Answer] = []
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and len(evaluation_set):
             count = min(self.n_queries, len(mine["index"]))
             spread = torch.linspace(0, len(mine["index"]) - 1, count).long()
             chosen = mine["index"][spread], mine["queries"][spread]

@@ -18,6 +18,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 def of_all_ranks(rows: Tensor) -> Tensor:
     """The rows (B, …) of all processes in the order of their ranks, on the host; each may have another number of them.
 
+    A process without rows need not know of what shape those of the others are: it sends any tensor without rows.
     Without a process group it gives them back as they are.
     """
     rows = rows.detach().cpu()
@@ -25,7 +26,7 @@ def of_all_ranks(rows: Tensor) -> Tensor:
         return rows
     gathered: list[Tensor] = [rows] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, rows)
-    return joined(gathered)
+    return joined([part for part in gathered if len(part)] or gathered[:1])
 
 
 def first_of_each(numbers: Tensor) -> Tensor:
@@ -61,7 +62,14 @@ class PredictedRows:
         self._embedding.append(on_host(outputs["embedding"]))
 
     def of_all_ranks(self) -> tuple[Tensor, Tensor]:
-        """Index and embeddings of all processes, each row once, in the order of `index`."""
-        index, embedding = of_all_ranks(joined(self._index)), of_all_ranks(joined(self._embedding))
+        """Index and embeddings of all processes, each row once, in the order of `index`; every process has to call it.
+
+        Raises:
+            ValueError: in all of them, if none was given a row.
+        """
+        mine = [joined(parts) if parts else torch.empty(0) for parts in (self._index, self._embedding)]
+        index, embedding = map(of_all_ranks, mine)
+        if not len(index):
+            raise ValueError("rows=0: nothing was predicted")
         once = first_of_each(index)
         return index[once], embedding[once]

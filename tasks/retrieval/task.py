@@ -95,6 +95,8 @@ class RetrievalTask(Task):
         self._ks = ranks_of(metrics)
         self._chunk_size = gradient_cache_chunk_size if gradient_cache else None
         self._teacher = teacher if isinstance(teacher, Teacher) or teacher is None else Teacher(teacher)
+        if self._teacher is not None and self._teacher.chunk_size is None:
+            self._teacher.chunk_size = self._chunk_size  # a whole batch of a teacher's activations may not fit either
         self._distillation = Distillation() if distillation is None else distillation
         self._evaluated: dict[str, EvaluationSet] = {}
 

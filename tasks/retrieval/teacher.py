@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainerkit.nn.weights import fill, read_weights
 from trainerkit.tasks.retrieval.embedding_cache import CacheDtype, EmbeddingCache, fingerprint
 from trainerkit.tasks.retrieval.similarity import normalized
+from trainerkit.tasks.retrieval.trees import concatenated, number_of_rows, part
 
 Side = Literal["query", "positive"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -41,10 +42,12 @@ class Teacher(nn.Module):
         cache_dtype: of the numbers in it.
         dataset: a name for the rows' data set, where two share the folder and teacher: their rows have the same
             numbers and would drive each other out.
+        chunk_size: rows it embeds at a time; None: all, or with the gradient cache of a `RetrievalTask` as many as
+            that takes.
 
     Raises:
         UserError: for weights that do not fit, or a cache folder that cannot be written.
-        ValueError: for a word that is not allowed.
+        ValueError: for a word or number that is not allowed.
     """
 
     def __init__(
@@ -56,12 +59,16 @@ class Teacher(nn.Module):
         cache_dir: str | Path | None = None,
         cache_dtype: CacheDtype = "float16",
         dataset: str = "",
+        chunk_size: int | None = None,
     ) -> None:
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype}: must be float32, bfloat16 or float16, or null for the encoder's own")
         if cache_dtype not in ("float16", "float32"):
             raise ValueError(f"cache_dtype={cache_dtype}: must be float16 or float32")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: must be 1 or more, or null for all rows at once")
         super().__init__()
+        self.chunk_size = chunk_size
         self._towers = {"encoder": encoder}  # a plain dict, which registers nothing
         if candidate_encoder is not None:
             self._towers["candidate_encoder"] = candidate_encoder
@@ -96,7 +103,8 @@ class Teacher(nn.Module):
         if self._cache is None or index is None or not len(index):
             return self._compute(inputs, side)
         rows, known_by = index.tolist(), fingerprint(inputs).tolist()
-        found, kept = self._cache.read(side, rows, known_by)
+        place = _place(side, inputs)
+        found, kept = self._cache.read(place, rows, known_by)
         absent = [position for position, there in enumerate(found) if not there]
         made = None
         if absent:
@@ -105,7 +113,7 @@ class Teacher(nn.Module):
             if embeddings.ndim != 2:
                 raise ValueError(f"cache_dir: keeps embeddings (B, D); this teacher's are {tuple(embeddings.shape)}")
             made = self._cache.write(
-                side, [rows[i] for i in absent], [known_by[i] for i in absent], embeddings.cpu().numpy()
+                place, [rows[i] for i in absent], [known_by[i] for i in absent], embeddings.cpu().numpy()
             )
         parts = [torch.from_numpy(part) for part in (kept, made) if part is not None]
         there = [position for position, is_there in enumerate(found) if is_there]
@@ -134,8 +142,16 @@ class Teacher(nn.Module):
             tower.to(device)
         dtype = torch.float32 if weight is None else weight.dtype
         inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+        rows = number_of_rows(inputs)
+        step = self.chunk_size or max(1, rows)
+        chunks = [slice(start, start + step) for start in range(0, max(1, rows), step)]
         with torch.autocast(device.type, enabled=False):
-            return normalized(tower(inputs))
+            return concatenated([normalized(tower(part(inputs, chunk))) for chunk in chunks])
+
+
+def _place(side: Side, inputs: dict[str, Tensor]) -> str:
+    """Side and modalities, such as 'query-image+text'."""
+    return f"{side}-{'+'.join(sorted(name for name in inputs if not name.endswith('_mask')))}"
 
 
 def _load(towers: dict[str, nn.Module], weights: str | Path) -> None:

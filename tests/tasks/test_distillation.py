@@ -21,6 +21,7 @@ from trainerkit.tasks.retrieval.distillation import Distillation, embedding_mse,
 from trainerkit.tasks.retrieval.embedding_cache import EmbeddingCache, fingerprint
 from trainerkit.tasks.retrieval.losses import InfoNCE
 from trainerkit.tasks.retrieval.similarity import normalized, similarity
+from trainerkit.tasks.retrieval.task import RetrievalTask
 from trainerkit.tasks.retrieval.teacher import Teacher
 
 N, D = 5, 4
@@ -79,6 +80,16 @@ def test_mse_is_two_minus_two_cosines(shape):
     assert float(embedding_mse(2 * teacher, teacher)) == pytest.approx(0, abs=1e-12)
 
 
+def test_padding_of_late_interaction_counts_for_nothing_in_mse():
+    student, teacher = randn(N, 3, D), randn(N, 3, D, seed=1)
+    padded = [nn.functional.pad(tensor, (0, 0, 0, 4)) for tensor in (student, teacher)]
+    torch.testing.assert_close(embedding_mse(*padded), embedding_mse(student, teacher))
+    teacher[0, 1:] = 0
+    there = teacher.any(-1)
+    torch.testing.assert_close(embedding_mse(student, teacher), embedding_mse(student[there], teacher[there]))
+    assert embedding_mse(student, 0 * teacher) == 0
+
+
 @pytest.mark.parametrize("kind", ["kl", "mse"])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_the_two_losses_are_weighted(kind, weight):
@@ -123,7 +134,7 @@ class Encoder(nn.Module):
         self.calls.append(
             {name: tensor.dtype for name, tensor in inputs.items()} | {"rows": len(next(iter(inputs.values())))}
         )
-        found = self.pixels(inputs["image"].flatten(1))
+        found = self.pixels(inputs["image"].flatten(1)) if "image" in inputs else 0
         if "text" in inputs:
             there = inputs["text_mask"][..., None]
             found = found + (self.tokens(inputs["text"]) * there).sum(1) / there.sum(1).clamp(min=1)
@@ -144,6 +155,13 @@ def make_teacher(*arguments, seed=0, kind=Encoder, **options):
 
 def tower(teacher):
     return teacher._towers["encoder"]
+
+
+class AsLongAsTheLongest(Encoder):
+    """A vector for each token of the longest text among those it sees at a time."""
+
+    def forward(self, inputs):
+        return inputs["text"][:, : int((inputs["text"] > 0).sum(1).max()), None].float()
 
 
 class Student(LightningModule):
@@ -195,6 +213,30 @@ def test_it_gives_embeddings_of_length_one_without_a_graph_in_its_own_precision(
     assert tower(half).calls[-1]["image"] == torch.bfloat16
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, found, rtol=0, atol=0.05)
+
+
+def test_chunks_change_nothing_but_how_many_rows_the_teacher_sees(tmp_path):
+    expected = make_teacher().embed(inputs(7))
+    chunked = make_teacher(chunk_size=3)
+    torch.testing.assert_close(chunked.embed(inputs(7)), expected)
+    assert [call["rows"] for call in tower(chunked).calls] == [3, 3, 1]
+    assert chunked.digest() == make_teacher().digest()
+    cached = make_teacher(chunk_size=4, cache_dir=tmp_path)
+    torch.testing.assert_close(cached.embed(inputs(7), "query", torch.arange(7)), expected, rtol=0, atol=1e-3)
+    assert [call["rows"] for call in tower(cached).calls] == [4, 3]
+    sequences = make_teacher(kind=AsLongAsTheLongest, chunk_size=3)
+    batch = {"text": torch.tensor([[1, 2, 0], [1, 0, 0], [2, 0, 0], [3, 4, 5]])}
+    found = sequences.embed(batch)
+    assert found.shape == (4, 3, 1)
+    assert not found[0, 2].any()
+    assert chunked.embed({"image": torch.rand(0, 3, 2, 2)}).shape == (0, D)
+
+
+@pytest.mark.parametrize(("own", "gradient_cache", "expected"), [(None, True, 5), (3, True, 3), (None, False, None)])
+def test_a_task_with_a_gradient_cache_gives_its_chunk_size_to_a_teacher_without_one(own, gradient_cache, expected):
+    teacher = make_teacher(chunk_size=own)
+    RetrievalTask(Encoder(), teacher=teacher, gradient_cache=gradient_cache, gradient_cache_chunk_size=5)
+    assert teacher.chunk_size == expected
 
 
 def test_of_two_towers_each_has_its_side_and_weights_are_those_of_a_run(tmp_path):
@@ -250,6 +292,16 @@ def test_a_row_whose_input_changed_is_embedded_anew_and_other_padding_is_no_chan
     torch.testing.assert_close(found, make_teacher().embed(changed), rtol=0, atol=1e-3)
 
 
+def test_a_row_that_asks_with_its_picture_and_with_its_text_has_a_record_of_each_and_of_both(tmp_path):
+    teacher, batch, rows = make_teacher(cache_dir=tmp_path), inputs(), torch.arange(6)
+    views = [batch, {"image": batch["image"]}, {name: part for name, part in batch.items() if name != "image"}]
+    first = [teacher.embed(view, "query", rows) for view in views]
+    again = [teacher.embed(view, "query", rows) for view in views]
+    assert len(tower(teacher).calls) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[1], first[2])
+
+
 def test_another_teacher_and_another_data_set_have_another_cache(tmp_path):
     base = make_teacher()
     others = [
@@ -261,7 +313,7 @@ def test_another_teacher_and_another_data_set_have_another_cache(tmp_path):
     assert make_teacher().digest() == base.digest()
     for dataset in ("", "mine"):
         make_teacher(cache_dir=tmp_path, dataset=dataset).embed(inputs(), "query", torch.arange(6))
-    assert len(list(tmp_path.glob("teacher/*/query-4.float16"))) == 2
+    assert len(list(tmp_path.glob("teacher/*/query-image+text-4.float16"))) == 2
 
 
 def test_fingerprints_tell_rows_places_and_parts_apart():
@@ -354,6 +406,7 @@ def test_what_cannot_be_says_what_is_allowed(tmp_path):
         (lambda: Distillation(kind="ce"), "kind=ce: must be kl or mse"),
         (lambda: Distillation(scale=0), "scale=0: must be above 0"),
         (lambda: make_teacher(dtype="int8"), "dtype=int8: must be float32"),
+        (lambda: make_teacher(chunk_size=0), "chunk_size=0: must be 1 or more, or null for all rows at once"),
         (lambda: make_teacher(cache_dtype="int8"), "cache_dtype=int8: must be float16 or float32"),
         (lambda: make_teacher().embed(inputs(), "negatives"), "side=negatives: must be query or positive"),
         (

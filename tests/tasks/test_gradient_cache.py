@@ -542,6 +542,27 @@ def test_inputs_that_are_written_to_are_an_error(when, batch):
         found.sum().backward()
 
 
+def test_parameters_that_are_written_to_between_the_passes_are_an_error(batch):
+    encoder = Encoder()
+    found = cached(encoder, batch[0]).square().sum()
+    with torch.no_grad():
+        encoder.inner.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="parameters: were written to between the forward and the backward pass"):
+        found.backward()
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("rows", [CHUNK, ROWS])
+def test_embeddings_with_sparse_gradients_are_refused_by_name_unless_they_are_frozen(kind, rows):
+    encoder = nn.Sequential(OrderedDict(tokens=kind(10, 4, sparse=True), outer=nn.Linear(4, 4)))
+    ids = torch.randint(10, (rows, 3))
+    with pytest.raises(ValueError, match="encoder: tokens has sparse=True"):
+        cached(encoder, ids)
+    encoder.tokens.requires_grad_(False)
+    cached(encoder, ids).sum().backward()
+    assert encoder.tokens.weight.grad is None
+
+
 def test_an_error_in_the_second_pass_leaves_random_state_and_buffers_as_they_were(batch):
     encoder = convolutions(nn.BatchNorm1d)
     found = cached(encoder, batch[0])

@@ -11,7 +11,9 @@ from torch import nn
 from tests.support import toy_trainer, two_processes
 from trainerkit.callbacks import CrashSafeCheckpoint, ExactResume
 from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches
+from trainerkit.tasks.retrieval import hard_negatives
 from trainerkit.tasks.retrieval.hard_negatives import HardNegatives, mine
+from trainerkit.tasks.retrieval.search import top_k
 from trainerkit.tasks.retrieval.similarity import similarity
 from trainerkit.trainer import Trainer
 
@@ -48,6 +50,23 @@ def test_late_interaction_is_mined_by_its_own_similarity():
     queries, candidates, own = drawn(7, 2, 4), drawn(15, 3, 4, seed=1), torch.arange(7)
     found = mine(queries, candidates, 3, own_rows=own, margin=0.1)
     assert found.tolist() == naive_mine(queries, candidates, 3, own.tolist(), None, 0, 100, 0.1)
+
+
+def test_the_candidates_are_searched_once_and_what_is_found_is_compared_in_parts(monkeypatch):
+    calls = []
+
+    def counted(queries, *arguments, **options):
+        calls.append(len(queries))
+        return top_k(queries, *arguments, **options)
+
+    queries, candidates, own = drawn(30, 5), drawn(40, 5, seed=1), torch.arange(30)
+    labels = torch.arange(40) % 11
+    expected = mine(queries, candidates, 3, own_rows=own, labels=labels, rank_stop=8, margin=0.1, sample="random")
+    monkeypatch.setattr(hard_negatives, "top_k", counted)
+    monkeypatch.setattr(hard_negatives, "_NUMBERS", 7 * 8 * 5)
+    found = mine(queries, candidates, 3, own_rows=own, labels=labels, rank_stop=8, margin=0.1, sample="random")
+    assert torch.equal(found, expected)
+    assert calls == [30]
 
 
 def test_a_candidate_that_equals_the_positive_is_no_negative():
@@ -215,6 +234,15 @@ def test_what_is_mined_before_the_first_epoch_is_that_of_the_initial_weights(tmp
     expected = mine(query, positive, 2, own_rows=torch.arange(ROWS), labels=arrays["label"], rank_stop=20, margin=None)
     assert torch.equal(notes.rows[0], expected)
     assert (expected // 2 != torch.arange(ROWS)[:, None] // 2).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_mining_embeds_in_the_precision_of_the_run(precision, tmp_path):
+    notes = Notes()
+    hard = HardNegatives(k=2, start_epoch=0, rank_stop=20, margin=None)
+    module, _ = fit(tmp_path, [hard, notes], max_epochs=1, precision=precision)
+    assert (notes.rows[0] >= 0).all()
+    assert module.batches == [1.0] * 4
 
 
 def test_mining_leaves_modes_statistics_and_random_states_as_they_were(tmp_path):

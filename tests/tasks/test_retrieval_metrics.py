@@ -69,6 +69,13 @@ def test_they_equal_their_formulas_in_a_loop():
         assert float(metrics["mrr@2"][i]) == pytest.approx(1 / first if first <= 2 else 0)
 
 
+def test_the_rank_k_itself_counts_whatever_its_reciprocal_rounds_to():
+    for k in range(1, 200):
+        metrics = retrieval_metrics(*csr([[k], [k + 1], [k, k + 1]]), ks=(k,), mrr_ks=(k,))
+        assert metrics[f"mrr@{k}"].tolist() == [1 / k, 0, 1 / k]
+        assert metrics[f"hit_rate@{k}"].tolist() == [1, 0, 1]
+
+
 def test_mrr_and_map_look_beyond_every_k():
     metrics = retrieval_metrics(*csr([[1000]]), ks=(1,))
     assert float(metrics["mrr"]) == float(metrics["map"]) == 0.001
@@ -160,6 +167,28 @@ def test_two_processes_with_uneven_rows_equal_one(labels, tmp_path):
     given = {name: tensor[12:14] for name, tensor in data.items()}
     single.add(**given, negatives=drawn(3, 6, seed=9), owners=torch.tensor([0, 1, 1]))
     assert outcomes[0]["result"] == pytest.approx(single.compute(), abs=1e-12)
+
+
+@pytest.mark.parametrize("negatives", [False, True])
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_process_without_rows_takes_part_and_gets_the_metrics_of_the_other(given, negatives, tmp_path):
+    def filled():
+        evaluation_set = in_batches(rows(), EvaluationSet(KS))
+        if negatives:
+            evaluation_set.add(**rows(2), negatives=drawn(3, 6, seed=9), owners=torch.tensor([0, 1, 1]))
+        return evaluation_set
+
+    def work(rank):
+        trainer = toy_trainer(tmp_path, devices=2, strategy="ddp")
+        trainer.strategy.setup_environment()
+        with pytest.raises(ValueError, match="rows=0: an evaluation set needs at least one row"):
+            EvaluationSet(KS).compute()
+        return (filled() if rank == given else EvaluationSet(KS)).compute()
+
+    outcomes = two_processes(work, tmp_path)
+    assert "error" not in outcomes[0], outcomes
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0]["result"] == pytest.approx(filled().compute(), abs=1e-12)
 
 
 def test_a_cleared_set_begins_anew():
