@@ -245,8 +245,8 @@ def test_a_batch_does_not_depend_on_its_neighbours_and_changes_with_the_epoch():
 
 
 def test_given_and_mined_negatives_stand_beside_each_other_and_are_masked():
-    members = torch.full((20, 2), -1)
-    members[3] = torch.tensor([1, 0])
+    members = torch.full((6, 2), -1)
+    members[1] = torch.tensor([1, 0])
     side = Side(TokenRows([[91], [92, 93]], 9), Ramp())
     data = toy(negatives=Negatives(side, members), mined=2)
     before = data[torch.arange(6)]
@@ -273,3 +273,5 @@ def test_mined_rows_and_modalities_that_do_not_fit_are_refused():
         toy(negatives=Negatives(Side(TokenRows([[1]], 2)), torch.zeros(20, 1, dtype=torch.int64)))
     with pytest.raises(ValueError, match="rows=0: a data set needs at least one row"):
         PairDataset(Side(), Side(), torch.zeros(0))
+    with pytest.raises(ValueError, match="negatives=20: must be given for each of rows=6"):
+        toy(negatives=Negatives(Side(TokenRows([[1]], 2), Ramp()), torch.zeros(20, 1, dtype=torch.int64)))
