@@ -150,3 +150,12 @@ def test_a_file_without_negatives_may_be_evaluated_on_and_what_is_left_out_adds_
     assert data.rows.skipped == {"a blank text": 3}
     assert caplog.text.count("Rows of pairs left out: 3 for a blank text.") == 1
     assert negatives(data.val_dataloader()[0]) == ["c"]
+
+
+def test_negatives_that_are_no_pictures_where_positives_are_name_the_right_key(pictures):
+    rows = [{"query": f"q{i}", "positive_image": f"{i}.png", "negatives": ["0.png"]} for i in range(40)]
+    path = jsonl(pictures / "p.jsonl", rows)
+    with pytest.raises(UserError, match=r"positives are pictures; say negatives_image_column=negatives negatives_col"):
+        PairData(path).setup("fit")
+    data = PairData(path, image_size=4, negatives_column=None, negatives_image_column="negatives")
+    assert "negatives_image" in next(iter(data.train_dataloader()))

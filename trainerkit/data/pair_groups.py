@@ -59,7 +59,11 @@ def own_negatives(rows: PairRows) -> list[list[int]]:
         right["query", query].add(positive)
         right["label", label].add(positive)
     return [
-        [place for place, key in enumerate(keys) if key not in right["query", query] and key not in right["label", label]]
+        [
+            place
+            for place, key in enumerate(keys)
+            if key not in right["query", query] and key not in right["label", label]
+        ]
         for keys, query, label in zip(rows.negatives_key, rows.query_key, labels, strict=True)
     ]
 

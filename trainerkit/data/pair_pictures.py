@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -130,12 +131,17 @@ def decoded(source: PictureSource, image_size: int, channels: int, fit: Fit) -> 
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-        picture = _plain(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
+        picture = _plain(_upright(file), "L" if channels == 1 else "RGB")
     size, filter_ = (image_size, image_size), Image.Resampling.BICUBIC
     if fit == "crop":
         picture = ImageOps.fit(picture, size, filter_)
     elif fit == "pad":
-        picture = ImageOps.pad(picture, size, filter_)
+        # By hand: ImageOps.pad() leaves nothing of a picture that is thinner than a pixel of the square.
+        longer = max(picture.size)
+        inner = [max(1, round(side * image_size / longer)) for side in picture.size]
+        square = Image.new(picture.mode, size)
+        square.paste(picture.resize(inner, filter_), tuple((image_size - side) // 2 for side in inner))
+        picture = square
     else:
         picture = picture.resize(size, filter_)
     array = np.asarray(picture, dtype=np.float32).reshape(image_size, image_size, channels) / 255
@@ -173,19 +179,33 @@ def _problem(source: PictureSource) -> str | None:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             file.draft("RGB", (1, 1))
-            file.load()
-            if file.mode == "F":
-                raise ValueError("floating-point pixels have no known range")
+            # As in a batch, but for the size.
+            _plain(_upright(file), "RGB")
     except Exception as error:  # Pillow raises many kinds for a damaged file
         return _why(source, error)
     return None
+
+
+def _upright(file: Any) -> Any:
+    """The picture turned as its EXIF says; as it is if its EXIF is damaged, but not if itself is."""
+    from PIL import ImageOps
+
+    file.load()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF that is damaged
+            return ImageOps.exif_transpose(file)
+    except Exception:  # Pillow raises many kinds
+        return file
 
 
 def _plain(picture: Any, mode: str) -> Any:
     """8 bits a channel, and nothing transparent."""
     from PIL import Image
 
-    if picture.mode.startswith("I"):  # 16 bits, which convert() would clip instead of scale
+    if picture.mode in ("F", "I"):
+        raise ValueError("pixels of 32 bits have no known range")
+    if picture.mode.startswith("I;16"):  # 16 bits, which convert() would clip instead of scale
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")

@@ -79,7 +79,9 @@ class PairRows:
         if ours.keys() != theirs.keys():
             one, two = (", ".join(sorted(lists.keys() - {"places"})) for lists in (ours, theirs))
             raise UserError(f"{other.places[0]}: the file has {two}, the training file {one}; they must have the same.")
-        return PairRows(**{name: ours[name] + theirs[name] for name in ours}, skipped=added(self.skipped, other.skipped))
+        return PairRows(
+            **{name: ours[name] + theirs[name] for name in ours}, skipped=added(self.skipped, other.skipped)
+        )
 
     def _lists(self) -> dict[str, list[Any]]:
         named = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "skipped"}

@@ -274,7 +274,9 @@ class PairData(PairModule):
         why += "label, a query or a positive are a group and stay together. "
         if name == "train":
             return f"{why}Give more rows, or files of their own for validation and test (val_path, test_path)."
-        return f"{why}Give more rows, a file of its own ({name}_path), or do without by {name}_fraction=0 (now {share})."
+        return (
+            f"{why}Give more rows, a file of its own ({name}_path), or do without by {name}_fraction=0 (now {share})."
+        )
 
     @property
     def _columns(self) -> Columns:
@@ -291,6 +293,17 @@ class PairData(PairModule):
         if positives:
             parts = frozenset(part for part in parts if part.startswith("positive"))
             names = names | {"negatives": [], "negatives_image": [], "label": [], "score": []}
+        of, key, other = (
+            ("text", "negatives_image", "negatives")
+            if "positive_image" in parts
+            else ("picture", "negatives", "negatives_image")
+        )
+        if not positives and any(name in columns.values for name in names[other]):
+            raise UserError(
+                f"{columns.path}: has {', '.join(names[other])} ({other}_column), but positives are "
+                f"{'pictures' if of == 'text' else 'texts'}; say {key}_column={names[other][0]} {other}_column=null, or leave them "
+                f"out by {other}_column=null."
+            )
         for part in parts:
             if names[part][0] not in columns.values:
                 raise UserError(f"{columns.path}: has no column {names[part][0]} ({part}_column).")
@@ -356,6 +369,8 @@ class PairData(PairModule):
             picture is not None
         ):
             raise UserError(f"query={text}: mode={self.mode} searches by {' and '.join(sorted(parts))}.")
+        if text is not None and not text.strip():
+            raise UserError("query: is a blank text; say what is searched.")
         if picture is not None and (found := problems([Path(picture)])):
             raise UserError(f"query: {found[0]}")
         side = self._side(None if text is None else [text], None if picture is None else [Path(picture)], ["query"])
