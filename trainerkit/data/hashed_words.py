@@ -43,9 +43,10 @@ class HashedWords:
         lowercase: take 'Word' and 'word' for the same.
         seed: of the hash.
 
-    Letters and their marks are composed first (NFC), so that it does not matter how they are written. 'C++' and 'C#' are
-    words. A script without blanks between words, such as Chinese or Thai, gives one word a phrase: there take
-    `char_ngrams`, or the tokenizer of a model. A text that has no word, only signs, is one token as a whole; a blank one has none.
+    Letters and their marks are composed first (NFC), so that it does not matter how they are written. 'C++' and 'C#'
+    are words. A script without blanks between words, such as Chinese or Thai, gives one word a phrase: there take
+    `char_ngrams`, or the tokenizer of a model. A text that has no word, only signs, is one token as a whole; a blank
+    one has none.
 
     Raises:
         ValueError: for an impossible argument.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from trainerkit.data.pair_dataset import Negatives, PairDataset, Side
 from trainerkit.data.pair_files import Columns, read_columns
+from trainerkit.data.pair_groups import distinct, groups, own_negatives, row_labels, split_rows
 from trainerkit.data.pair_module import PairModule, PairSets, check_fractions
 from trainerkit.data.pair_pictures import FITS, Augmentation, Fit, PictureFiles, PictureSource, problems
-from trainerkit.data.pair_groups import distinct, groups, own_negatives, row_labels, split_rows
 from trainerkit.data.pair_rows import MODES, Mode, OnBad, PairRows, added, check_names, mode_of, pair_rows
 from trainerkit.data.pair_texts import TokenRows, pair_tokenizer
 from trainerkit.errors import UserError
@@ -44,7 +44,7 @@ class PairData(PairModule):
         positive_image_column: pictures.
         negatives_column: texts, a list in each row; or several columns with one each.
         negatives_image_column: pictures, likewise.
-        label_column: rows with the same label are positives of each other.
+        label_column: rows with the same label are positives of each other; without one, rows with the same positive.
         score_column: how well query and positive fit.
         image_dir: the folder of the pictures; None for the file's.
         image_size: side of a picture as the network sees it.
@@ -61,7 +61,7 @@ class PairData(PairModule):
         word_ngrams: longest sequence of words that has a token.
         char_ngrams: shortest and longest sequence of letters that has a token, or None.
         max_length: tokens of a text at most; the rest is cut.
-        val_fraction: share for validation; rows that share a label, or a query or a positive, are on one side.
+        val_fraction: share for validation; rows that share a label, a query or a positive are on one side.
         test_fraction: share for the test.
         mined_negatives: how many mined negatives a row has room for.
         query: what prediction searches among the positives: a text, or a path where queries are pictures.
@@ -293,21 +293,23 @@ class PairData(PairModule):
         if positives:
             parts = frozenset(part for part in parts if part.startswith("positive"))
             names = names | {"negatives": [], "negatives_image": [], "label": [], "score": []}
-        of, key, other = (
-            ("text", "negatives_image", "negatives")
-            if "positive_image" in parts
-            else ("picture", "negatives", "negatives_image")
-        )
-        if not positives and any(name in columns.values for name in names[other]):
-            raise UserError(
-                f"{columns.path}: has {', '.join(names[other])} ({other}_column), but positives are "
-                f"{'pictures' if of == 'text' else 'texts'}; say {key}_column={names[other][0]} {other}_column=null, or leave them "
-                f"out by {other}_column=null."
-            )
+        else:
+            self._check_negatives(columns, pictures="positive_image" in parts)
         for part in parts:
             if names[part][0] not in columns.values:
                 raise UserError(f"{columns.path}: has no column {names[part][0]} ({part}_column).")
         return pair_rows(columns, names, parts, image_dir=self._image_dir, **self._on_bad)
+
+    def _check_negatives(self, columns: Columns, pictures: bool) -> None:
+        """Refuse negatives of the other modality alone, which nothing could be done with."""
+        wanted, other = ("negatives_image", "negatives") if pictures else ("negatives", "negatives_image")
+        there = {part: [name for name in self._names[part] if name in columns.values] for part in (wanted, other)}
+        if there[other] and not there[wanted]:
+            name, kind = there[other][0], "pictures" if pictures else "texts"
+            raise UserError(
+                f"{columns.path}: has negatives in {name} ({other}_column), but positives are {kind}; say "
+                f"{wanted}_column={name} {other}_column=null, or leave them out by {other}_column=null."
+            )
 
     def _side(self, texts: list[str] | None, pictures: list[PictureSource] | None, places: list[str]) -> Side:
         return Side(
