@@ -147,3 +147,19 @@ def test_in_evaluation_all_processes_have_as_many_batches_and_each_sample_once(l
     assert [len(own) for own in batches] == [len(share) for share in shares]
     assert all(0 < len(batch) <= batch_size for own in batches for batch in own)
     assert sorted(torch.cat([batch for own in batches for batch in own]).tolist()) == list(range(length))
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(1, 64), (3, 1), (5, 1), (2, 3), (4, 3)])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("even", [True, False])
+def test_tiny_sets_give_every_process_as_many_batches(length, batch_size, ranks, even):
+    shares = [
+        EpochBatches(length, batch_size, shuffle=even, even=even, num_replicas=ranks, rank=rank)
+        for rank in range(ranks)
+    ]
+    batches = [[batch.tolist() for batch in share] for share in shares]
+    assert {len(own) for own in batches} == {len(share) for share in shares} == {-(-length // (ranks * batch_size))}
+    assert {len(batch) for own in batches for batch in own} <= set(range(1, batch_size + 1))
+    rows = flat(flat(batches))
+    assert set(rows) == set(range(length))
+    assert len(rows) < length + ranks

@@ -56,6 +56,11 @@ def test_draws_are_uniform():
         ("HTTPServer parseURL2", ["http", "server", "parse", "url2"]),
         ("don't größeWert", ["don", "t", "größe", "wert"]),
         ("a/b", ["a", "b"]),
+        ("हिन्दी किताब", ["हिन्दी", "किताब"]),
+        ("กินข้าว กัน", ["กินข้าว", "กัน"]),
+        ("cafe\u0301 caf\u00e9", ["caf\u00e9", "caf\u00e9"]),
+        ("C++ or C#, not C", ["c++", "or", "c#", "not", "c"]),
+        ("abc++ i++b a+b x#y", ["abc", "i", "b", "a", "b", "x", "y"]),
         ("== !", ["== !"]),
         ("  ", []),
     ],
@@ -245,8 +250,8 @@ def test_a_batch_does_not_depend_on_its_neighbours_and_changes_with_the_epoch():
 
 
 def test_given_and_mined_negatives_stand_beside_each_other_and_are_masked():
-    members = torch.full((20, 2), -1)
-    members[3] = torch.tensor([1, 0])
+    members = torch.full((6, 2), -1)
+    members[1] = torch.tensor([1, 0])
     side = Side(TokenRows([[91], [92, 93]], 9), Ramp())
     data = toy(negatives=Negatives(side, members), mined=2)
     before = data[torch.arange(6)]
@@ -273,3 +278,23 @@ def test_mined_rows_and_modalities_that_do_not_fit_are_refused():
         toy(negatives=Negatives(Side(TokenRows([[1]], 2)), torch.zeros(20, 1, dtype=torch.int64)))
     with pytest.raises(ValueError, match="rows=0: a data set needs at least one row"):
         PairDataset(Side(), Side(), torch.zeros(0))
+    with pytest.raises(ValueError, match="negatives=20: must be given for each of rows=6"):
+        toy(negatives=Negatives(Side(TokenRows([[1]], 2), Ramp()), torch.zeros(20, 1, dtype=torch.int64)))
+
+
+def test_a_thin_picture_keeps_a_pixel_and_damaged_exif_turns_nothing(tmp_path):
+    thin = picture(tmp_path / "thin.png", (3, 2000), colour=(255, 255, 255))
+    padded = decoded(thin, 32, 3, "pad")
+    assert padded[0].sum() == 32
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\x01\x00\0\x05\0\0\0\x01\0\0\0\x00\0\0\0\0"
+    Image.new("RGB", (8, 4)).save(tmp_path / "exif.jpg", exif=exif)
+    assert problems([thin, tmp_path / "exif.jpg"]) == {}
+    assert decoded(tmp_path / "exif.jpg", 4, 3, "resize").shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(tmp_path, kind):
+    Image.fromarray(np.full((4, 4), 200, kind)).save(tmp_path / "deep.tif")
+    assert "pixels of 32 bits have no known range" in problems([tmp_path / "deep.tif"])[0]
+    with pytest.raises(ValueError, match="32 bits"):
+        decoded(tmp_path / "deep.tif", 4, 1, "resize")

@@ -122,7 +122,7 @@ def test_rows_with_a_bad_picture_or_a_blank_text_leave_as_a_whole(pictures):
     rows[3]["positive_image"], rows[7]["query"] = "gone.png", " "
     (pictures / "9.png").write_bytes((pictures / "9.png").read_bytes()[:40])
     path = jsonl(pictures / "p.jsonl", rows)
-    with pytest.raises(UserError, match=r"p.jsonl: line 8: the query is a blank text\. on_empty_text=skip"):
+    with pytest.raises(UserError, match=r"p.jsonl: line 8: the query is missing or a blank text\. on_empty_text=skip"):
         PairData(path).setup("fit")
     with pytest.raises(
         UserError, match=r"p.jsonl: line 4: .*gone.png: there is no such picture\. 2 rows are like that"
@@ -201,7 +201,7 @@ def test_a_query_is_searched_among_the_rows(pictures):
     ("content", "options", "message"),
     [
         ('{"query": "a", "positive": 1}\n', {}, r"p.jsonl: line 1, positive: is int '1'; needed is a text"),
-        ('{"query": "a", "positive": "b"}\n\n{"query": "a"}\n', {}, r"line 3, positive: is missing; needed is a text"),
+        ('{"query": "a", "positive": "b"}\n\n{"query": "a"}\n', {}, r"line 3: the positive is missing or a blank text"),
         ('{"query": "a"\n', {}, r"line 1 is no JSON"),
         ("[1]\n", {}, r"line 1 is list, not an object"),
         ("", {}, r"has no rows"),
@@ -211,7 +211,7 @@ def test_a_query_is_searched_among_the_rows(pictures):
         ('{"query": "a", "positive": "b", "label": 1.5}\n', {}, r"line 1, label: is float '1.5'; needed is a label"),
         ('{"query": "a", "positive": "b", "score": "x"}\n', {}, r"line 1, score: is str 'x'; needed is a finite"),
         ('{"query": "a", "positive": "b", "negatives": [2]}\n', {}, r"line 1, negatives: is int '2'; needed is a text"),
-        ('{"query": "a", "positive": "b"}\n', {}, r"val_fraction=0.1: of 1 rows none|path: of 1 rows none"),
+        ('{"query": "a", "positive": "b"}\n', {}, r"p.jsonl: of 1 rows in 1 groups none is there for"),
     ],
 )
 def test_what_cannot_be_used_is_said_with_file_and_row(tmp_path, content, options, message):
@@ -292,6 +292,56 @@ def test_files_of_the_standard_library_are_on_one_side_and_all_code_is_searched(
     among_1000, among_all = data.test_dataloader()
     assert data.evaluation_names == ["among_1000", "among_all"]
     assert sum(len(batch["index"]) for batch in among_1000) <= 1000
+    codes, held_out = data.rows.positive, data.sets.test[1].rows.tolist()
     candidates = sum(len(batch["index"]) + int(batch["negatives_mask"].sum()) for batch in among_all)
-    assert candidates == len(data.rows) > 300
+    assert candidates == len(set(codes)) - len({codes[i] for i in held_out}) + len(held_out) > 300
     check_data(StdlibPairs)
+
+
+@pytest.mark.parametrize("value", [None, "", "~1.png", "gone.png"])
+def test_a_picture_that_is_missing_is_a_bad_row(pictures, value):
+    rows = [{"query": f"text {i}", "positive_image": f"{i}.png"} for i in range(40)]
+    rows.append({"query": "odd", "positive_image": value})
+    path = jsonl(pictures / "p.jsonl", rows)
+    with pytest.raises(UserError, match=r"p.jsonl: line 41: .*on_bad_image=skip leaves"):
+        PairData(path).setup("fit")
+    data = PairData(path, on_bad_image="skip")
+    assert data.rows.skipped == {"a picture that cannot be read": 1}
+    assert len(data.rows) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "query,positive\ncafé,b\n".encode("latin-1"), "is not in UTF-8 .*; save it in that encoding"),
+        ("p.csv", b"query;positive\na;b\n", "line 1 has semicolons between the columns"),
+        ("p.jsonl", b"[" * 200_000, "line 1 is no JSON"),
+        ("p.jsonl", b'{"query": "a", "positive": "b", "score": 1' + b"0" * 400 + b"}", "line 1, score: .* finite"),
+        ("p.jsonl", b'{"query": "a", "positive": "b", "score": 1e39}', "line 1, score: .* finite"),
+    ],
+)
+def test_odd_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        _ = PairData(str(tmp_path / name)).rows
+
+
+def test_cells_may_be_long(tmp_path):
+    (tmp_path / "p.csv").write_text("query,positive\na," + "x " * 70_000 + "\n")
+    assert PairData(str(tmp_path / "p.csv")).rows.positive == ["x " * 70_000]
+
+
+def test_columns_of_one_name_and_a_damaged_state_are_said(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table([arrow.array(["a"]), arrow.array(["b"]), arrow.array(["c"])], ["query", "query", "positive"])
+    parquet.write_table(table, tmp_path / "p.parquet")
+    (tmp_path / "saved").mkdir()
+    with arrow.ipc.new_stream(tmp_path / "saved" / "d.arrow", table.schema) as stream:
+        stream.write_table(table)
+    (tmp_path / "saved" / "state.json").write_text('{"_data_files": [{"filename": "d.arrow"}]}')
+    for name in ("p.parquet", "saved"):
+        with pytest.raises(UserError, match=f"{name}: names a column twice: query, query, positive"):
+            _ = PairData(str(tmp_path / name)).rows
+    (tmp_path / "saved" / "state.json").write_text("{bad")
+    with pytest.raises(UserError, match=r"state\.json: is damaged"):
+        _ = PairData(str(tmp_path / "saved")).rows

@@ -188,10 +188,17 @@ class Glyphs(PairModule):
     def _searched(self) -> PairDataset | None:
         if self._query is None:
             return None
-        if Path(self._query).is_file():
-            file = PictureFiles([Path(self._query)], lambda _: "query", image_size=self.image_size, channels=1)
+        if _is_file(self._query):
+            file = PictureFiles([Path(self._query)], ["query"].__getitem__, image_size=self.image_size, channels=1)
             return PairDataset(Side(None, file), Side(), torch.zeros(1, dtype=torch.int64))
         return PairDataset(Side(self._tokens([self._query])), Side(), torch.zeros(1, dtype=torch.int64))
+
+
+def _is_file(query: str) -> bool:
+    try:
+        return Path(query).is_file()
+    except (OSError, ValueError):  # a long text, or one with a zero, is no path
+        return False
 
 
 class TwoFaces:

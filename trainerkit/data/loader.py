@@ -86,7 +86,9 @@ class EpochBatches(Sampler[Tensor]):
         seed: of the permutations.
         even: repeat a few samples so that every process has the same number of batches, as training needs; for
             evaluation False, where each sample counts once, and a process with one sample less takes its last batch in
-            two if it would have one batch less: processes with sharded parameters wait for each other in each.
+            two if it would have one batch less: processes with sharded parameters wait for each other in each. Only a
+            process that has no two samples to part gives one again, alone in a last batch: with a batch size of 1, or
+            hardly more samples than processes.
         num_replicas: number of processes.
         rank: of this process.
 
@@ -138,20 +140,21 @@ class EpochBatches(Sampler[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         start = self.start
         self._resume = (0, 0)
-        mine = self._order()[self.rank :: self.num_replicas]
-        in_two = len(self) > -(-len(mine) // self.batch_size)
+        order = self._order()
+        mine = order[self.rank :: self.num_replicas]
+        is_short = len(self) > -(-len(mine) // self.batch_size)
+        in_two = is_short and len(mine) > 1 and self.batch_size > 1
         for position in range(start * self.batch_size, len(mine), self.batch_size):
             batch = mine[position : position + self.batch_size]
             if in_two and position + self.batch_size == len(mine):
                 yield from (batch[:-1], batch[-1:])
             else:
                 yield batch
+        if is_short and not in_two:
+            yield order[self.rank % self.length :][:1]
 
     def __len__(self) -> int:
-        share = self._share()
-        if share > 1 and self.batch_size > 1:  # else there is nothing to take in two
-            share = -(-self.length // self.num_replicas)
-        return -(-share // self.batch_size)
+        return -(-self.length // (self.num_replicas * self.batch_size))
 
     def _order(self) -> Tensor:
         if self.shuffle:
@@ -160,13 +163,11 @@ class EpochBatches(Sampler[Tensor]):
             order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mixed))
         else:
             order = torch.arange(self.length)
-        missing = -self.length % self.num_replicas if self.even else 0
-        return torch.cat([order, order[:missing]]) if missing else order
-
-    def _share(self) -> int:
-        if self.even:
-            return -(-self.length // self.num_replicas)
-        return len(range(self.rank, self.length, self.num_replicas))
+        if not self.even:
+            return order
+        rounds = -(-self.length // self.num_replicas)
+        # Again and again from its beginning where there are more processes than samples.
+        return order.repeat(-(-rounds * self.num_replicas // self.length))[: rounds * self.num_replicas]
 
 
 class BatchLoader:

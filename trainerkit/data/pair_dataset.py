@@ -38,7 +38,7 @@ class Negatives:
 
     Args:
         side: all of them.
-        members: those of each row, (rows, K) int64, numbers in `side`; -1 for none.
+        members: those of each row of the data set, in their order, (n, K) int64, numbers in `side`; -1 for none.
     """
 
     side: Side
@@ -65,7 +65,7 @@ class PairDataset(Dataset[Batch]):
         counted: give positions as `index`, instead of row numbers.
 
     Raises:
-        ValueError: if there is no row, or the negatives are of other modalities.
+        ValueError: if there is no row, or the negatives are of other modalities or for another number of rows.
     """
 
     seeded_by_index = True  # ExactResume asks
@@ -89,6 +89,8 @@ class PairDataset(Dataset[Batch]):
         if negatives is not None and negatives.side.modalities != positive.modalities:
             here, there = ("+".join(side.modalities) for side in (negatives.side, positive))
             raise ValueError(f"negatives={here}: must be of the same modalities as the positives, {there}")
+        if negatives is not None and len(negatives.members) != len(rows):
+            raise ValueError(f"negatives={len(negatives.members)}: must be given for each of rows={len(rows)}")
         self.query = query
         self.positive = positive
         self.rows = rows
@@ -135,7 +137,7 @@ class PairDataset(Dataset[Batch]):
             batch |= {f"{name}_{kind}": tensor for kind, tensor in self._take(side, rows, stream).items()}
         found = []
         if self.negatives is not None:
-            found.append(self._members(self.negatives.side, self.negatives.members[rows]))
+            found.append(self._members(self.negatives.side, self.negatives.members[positions]))
         if self._mined.shape[1]:
             mined = self._mined[positions]
             found.append(self._members(self.positive, torch.where(mined < 0, mined, self.rows[mined])))

@@ -10,6 +10,7 @@ from typing import Any
 from trainerkit.errors import UserError, first_lines
 from trainerkit.extras import require
 
+_LONGEST_CELL = 2**27  # characters
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
@@ -61,7 +62,9 @@ def read_columns(path: str | Path, wanted: Collection[str]) -> Columns:
             columns = _read_parquet(path, wanted)
         else:
             raise UserError(f"{path}: is not of a kind that can be read: {', '.join(SUFFIXES)}, or a saved folder.")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not in UTF-8 ({first_lines(error, 1)}); save it in that encoding.") from error
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({first_lines(error, 1)}).") from error
     if columns.values and not any(map(len, columns.values.values())):
         raise UserError(f"{path}: has no rows.")
@@ -78,7 +81,7 @@ def _read_jsonl(path: Path, wanted: Collection[str]) -> Columns:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number} is no JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}: line {number} is {type(row).__name__}, not an object with fields.")
@@ -91,6 +94,7 @@ def _read_jsonl(path: Path, wanted: Collection[str]) -> Columns:
 
 
 def _read_csv(path: Path, wanted: Collection[str]) -> Columns:
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))  # else 131,072, and texts are longer
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         rows, lines = [], []
@@ -106,8 +110,9 @@ def _read_csv(path: Path, wanted: Collection[str]) -> Columns:
                 lines.append(reader.line_num)
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num} is damaged ({error}).") from error
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: line 1 names a column twice: {', '.join(names)}.")
+    _check_once(path, names)
+    if path.suffix == ".csv" and len(names) == 1 and ";" in names[0]:
+        raise UserError(f"{path}: line 1 has semicolons between the columns; needed are commas, or tabs in a .tsv.")
     places = {name: place for place, name in enumerate(names) if name in wanted}
     return Columns(path, names, {name: [row[place] for row in rows] for name, place in places.items()}, lines)
 
@@ -116,7 +121,10 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Columns:
     parquet = require("pyarrow.parquet", f"{path}")
     try:
         names = parquet.read_schema(path).names
+        _check_once(path, names)
         table = parquet.read_table(path, columns=[name for name in names if name in wanted])
+    except UserError:
+        raise
     except Exception as error:  # pyarrow's errors share no public base but Exception
         raise UserError(f"{path}: cannot be read as parquet ({first_lines(error, 1)}).") from error
     return Columns(path, names, table.to_pydict(), None)
@@ -129,17 +137,27 @@ def _read_saved(path: Path, wanted: Collection[str]) -> Columns:
         raise UserError(f"{path}: has the splits {splits}; give one of their folders (data.path, data.val_path, …).")
     if not (path / "state.json").is_file():
         raise UserError(f"{path}: is a folder without state.json; needed is a file, or what save_to_disk wrote.")
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        files = [file["filename"] for file in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'state.json'}: is damaged ({first_lines(error, 1)}).") from error
     if state.get("_indices_files"):
         raise UserError(f"{path}: is a selection of rows; save it again after flatten_indices().")
     arrow = require("pyarrow", f"{path}")
     tables = []
-    for file in state["_data_files"]:
+    for file in files:
         try:
-            with arrow.memory_map(str(path / file["filename"])) as source:
+            with arrow.memory_map(str(path / file)) as source:
                 tables.append(arrow.ipc.open_stream(source).read_all())
         except Exception as error:  # as above
-            raise UserError(f"{path / file['filename']}: is damaged ({first_lines(error, 1)}).") from error
+            raise UserError(f"{path / file}: is damaged ({first_lines(error, 1)}).") from error
     table = arrow.concat_tables(tables)
     names = table.column_names
+    _check_once(path, names)
     return Columns(path, names, table.select([name for name in names if name in wanted]).to_pydict(), None)
+
+
+def _check_once(path: Path, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: names a column twice: {', '.join(names)}.")

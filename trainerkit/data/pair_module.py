@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from trainerkit.data.loader import BatchLoader, EpochBatches
 from trainerkit.data.pair_dataset import PairBatches, PairDataset
+from trainerkit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class PairSets:
     """The data sets of a data module.
 
     Args:
-        train: what is trained on.
+        train: what is trained on; None if there is nothing, as where all rows are for the test.
         mining: the same rows in order, as they are, with their positions as `index`.
         val: a data set per name of `evaluation_names`, or none.
         test: likewise.
@@ -24,8 +25,8 @@ class PairSets:
         query: one row, the query; None if there is none.
     """
 
-    train: PairDataset
-    mining: PairDataset
+    train: PairDataset | None
+    mining: PairDataset | None
     val: list[PairDataset]
     test: list[PairDataset]
     rows: PairDataset
@@ -93,11 +94,11 @@ class PairModule(LightningDataModule):
     @property
     def train_dataset(self) -> PairDataset:
         """That of training, which takes mined negatives."""
-        return self.sets.train
+        return _there(self.sets.train)
 
     def mining_dataloader(self) -> BatchLoader:
         """The training rows in order, nothing of them left to chance; `index` counts them."""
-        return self._in_order(self.sets.mining)
+        return self._in_order(_there(self.sets.mining))
 
     # Lightning's hooks.
 
@@ -107,10 +108,9 @@ class PairModule(LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Shuffled anew each epoch."""
-        batches = PairBatches(
-            self.sets.train, self.batch_size, shuffle=True, seed=self.seed, even=True, **self._world()
-        )
-        return self._loader(self.sets.train, batches)
+        dataset = self.train_dataset
+        batches = PairBatches(dataset, self.batch_size, shuffle=True, seed=self.seed, even=True, **self._world())
+        return self._loader(dataset, batches)
 
     def val_dataloader(self) -> list[BatchLoader]:
         """One per evaluation set."""
@@ -135,6 +135,12 @@ class PairModule(LightningDataModule):
 
     def _loader(self, dataset: PairDataset, batches: EpochBatches) -> BatchLoader:
         return BatchLoader(dataset, batches, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+
+def _there(dataset: PairDataset | None) -> PairDataset:
+    if dataset is None:
+        raise UserError("train: no row is there to train on.")
+    return dataset
 
 
 def check_fractions(fractions: dict[str, float]) -> None:

@@ -1,6 +1,8 @@
 """Pictures of pairs: from files, read batch by batch; and what is done to them by chance in training."""
 
+import hashlib
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -129,12 +131,17 @@ def decoded(source: PictureSource, image_size: int, channels: int, fit: Fit) -> 
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-        picture = _plain(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
+        picture = _plain(_upright(file), "L" if channels == 1 else "RGB")
     size, filter_ = (image_size, image_size), Image.Resampling.BICUBIC
     if fit == "crop":
         picture = ImageOps.fit(picture, size, filter_)
     elif fit == "pad":
-        picture = ImageOps.pad(picture, size, filter_)
+        # By hand: ImageOps.pad() leaves nothing of a picture that is thinner than a pixel of the square.
+        longer = max(picture.size)
+        inner = [max(1, round(side * image_size / longer)) for side in picture.size]
+        square = Image.new(picture.mode, size)
+        square.paste(picture.resize(inner, filter_), tuple((image_size - side) // 2 for side in inner))
+        picture = square
     else:
         picture = picture.resize(size, filter_)
     array = np.asarray(picture, dtype=np.float32).reshape(image_size, image_size, channels) / 255
@@ -153,25 +160,52 @@ def problems(sources: Sequence[PictureSource]) -> dict[int, str]:
     return {row: why for row, source in enumerate(sources) if (why := found[source]) is not None}
 
 
+def digests(sources: Sequence[PictureSource]) -> list[str]:
+    """A digest of each picture's file, several at a time; none of them is decoded."""
+    distinct = list(dict.fromkeys(sources))
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(distinct, pool.map(_digest, distinct), strict=True))
+    return [found[source] for source in sources]
+
+
+def _digest(source: PictureSource) -> str:
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def _problem(source: PictureSource) -> str | None:
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             file.draft("RGB", (1, 1))
-            file.load()
-            if file.mode == "F":
-                raise ValueError("floating-point pixels have no known range")
+            # As in a batch, but for the size.
+            _plain(_upright(file), "RGB")
     except Exception as error:  # Pillow raises many kinds for a damaged file
         return _why(source, error)
     return None
+
+
+def _upright(file: Any) -> Any:
+    """The picture turned as its EXIF says; as it is if its EXIF is damaged, but not if itself is."""
+    from PIL import ImageOps
+
+    file.load()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF that is damaged
+            return ImageOps.exif_transpose(file)
+    except Exception:  # Pillow raises many kinds
+        return file
 
 
 def _plain(picture: Any, mode: str) -> Any:
     """8 bits a channel, and nothing transparent."""
     from PIL import Image
 
-    if picture.mode.startswith("I"):  # 16 bits, which convert() would clip instead of scale
+    if picture.mode in ("F", "I"):
+        raise ValueError("pixels of 32 bits have no known range")
+    if picture.mode.startswith("I;16"):  # 16 bits, which convert() would clip instead of scale
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -180,6 +214,8 @@ def _plain(picture: Any, mode: str) -> Any:
 
 
 def _why(source: PictureSource, error: Exception) -> str:
+    if source == b"":
+        return "a picture is missing."
     what = "a picture" if isinstance(source, bytes) else str(source)
     if isinstance(error, FileNotFoundError):
         return f"{what}: there is no such picture."

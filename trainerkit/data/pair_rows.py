@@ -1,14 +1,15 @@
-"""From columns of a file to rows of pairs, each checked; and which of them belong together."""
+"""From columns of a file to rows of pairs, each checked."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from trainerkit.data.pair_files import Columns
-from trainerkit.data.pair_pictures import PictureSource, problems
-from trainerkit.data.text_files import draw_split
+from trainerkit.data.pair_pictures import PictureSource, digests, problems
 from trainerkit.errors import UserError, did_you_mean
 
 Mode = Literal["t2t", "t2i", "i2i", "i2t", "composed"]
@@ -38,6 +39,9 @@ class PairRows:
         negatives_image: pictures of each row.
         label: of each row, text or a whole number.
         score: of each row.
+        query_key: of each row, equal for equal queries: of texts themselves, of pictures a digest of their files.
+        positive_key: likewise; a query and a positive of one modality have equal keys if they are equal.
+        negatives_key: of each row's negatives, likewise.
         places: what a message calls each row.
         skipped: how many rows were left out, by the reason.
     """
@@ -50,6 +54,9 @@ class PairRows:
     negatives_image: list[list[PictureSource]] | None = None
     label: list[str | int] | None = None
     score: list[float] | None = None
+    query_key: list[str] = field(default_factory=list)
+    positive_key: list[str] = field(default_factory=list)
+    negatives_key: list[list[str]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -60,19 +67,30 @@ class PairRows:
         """The other rows; a row leaves as a whole."""
         kept = [row for row in range(len(self)) if row not in bad]
         values = {name: [values[row] for row in kept] for name, values in self._lists().items()}
-        return PairRows(**values, skipped=self.skipped | ({reason: len(bad)} if bad else {}))
+        return PairRows(**values, skipped=added(self.skipped, {reason: len(bad)} if bad else {}))
 
     def joined(self, other: "PairRows") -> "PairRows":
         """These rows, then those, which must be of the same kind."""
         ours, theirs = self._lists(), other._lists()
+        for name in _NEGATIVES:  # a file without them has none of any row
+            if name in ours.keys() ^ theirs.keys():
+                ours.setdefault(name, [[] for _ in range(len(self))])
+                theirs.setdefault(name, [[] for _ in range(len(other))])
         if ours.keys() != theirs.keys():
             one, two = (", ".join(sorted(lists.keys() - {"places"})) for lists in (ours, theirs))
             raise UserError(f"{other.places[0]}: the file has {two}, the training file {one}; they must have the same.")
-        return PairRows(**{name: ours[name] + theirs[name] for name in ours}, skipped=self.skipped)
+        return PairRows(
+            **{name: ours[name] + theirs[name] for name in ours}, skipped=added(self.skipped, other.skipped)
+        )
 
     def _lists(self) -> dict[str, list[Any]]:
         named = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "skipped"}
-        return {name: values for name, values in named.items() if values is not None}
+        return {name: values for name, values in named.items() if values}
+
+
+def added(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """Counts by their names, of both."""
+    return {name: one.get(name, 0) + other.get(name, 0) for name in one | other}
 
 
 def mode_of(columns: Columns, names: dict[str, list[str]], mode: Mode | None) -> Mode:
@@ -149,39 +167,28 @@ def pair_rows(
         rows.score = column("score", _number)
 
     rows = _dealt_with(rows, _blank(rows), on_empty_text, "a blank text")
-    return _dealt_with(rows, _unreadable(rows), on_bad_image, "a picture that cannot be read")
+    rows = _dealt_with(rows, _unreadable(rows), on_bad_image, "a picture that cannot be read")
+    return with_keys(rows)
 
 
-def groups(rows: PairRows) -> list[str]:
-    """A name for each row, the same for rows that must be on one side of a split.
-
-    With labels, rows of a label belong together; else those that share a query or a positive, and what these share.
-    """
-    if rows.label is not None:
-        return [str(label) for label in rows.label]
-    leader: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while leader.setdefault(name, name) != name:
-            leader[name] = leader[leader[name]]
-            name = leader[name]
-        return name
-
-    keys = [(_key(rows, "query", row), _key(rows, "positive", row)) for row in range(len(rows))]
-    for query, positive in keys:
-        first, second = sorted((find(query), find(positive)))
-        leader[second] = first
-    return [find(query) for query, _ in keys]
+def with_keys(rows: PairRows) -> PairRows:
+    """The same rows with their keys."""
+    rows.query_key = _keys(rows.query, rows.query_image)
+    rows.positive_key = _keys(rows.positive, rows.positive_image)
+    lists: list[list[Any]] = rows.negatives or rows.negatives_image or [[] for _ in range(len(rows))]
+    items = [item for each in lists for item in each]
+    keys = iter(_keys(items, None) if rows.negatives else _keys(None, items))
+    rows.negatives_key = [[next(keys) for _ in each] for each in lists]
+    return rows
 
 
-def split_rows(rows: PairRows, fractions: tuple[float, float]) -> list[int]:
-    """Each row's part by a hash of its group: 0 to train, 1 to validate, 2 to test."""
-    return [draw_split(group.encode("utf-8", "surrogatepass"), fractions) for group in groups(rows)]
-
-
-def _key(rows: PairRows, side: str, row: int) -> str:
-    values = [getattr(rows, part) for part in (side, f"{side}_image")]
-    return f"{side} {[str(value[row]) for value in values if value is not None]}"
+def _keys(texts: Sequence[str] | None, pictures: Sequence[PictureSource] | None) -> list[str]:
+    if pictures is None:
+        return [f"text {text}" for text in texts or ()]
+    found = digests(pictures)
+    if texts is None:
+        return [f"picture {digest}" for digest in found]
+    return [f"query {digest} {text}" for digest, text in zip(found, texts, strict=True)]
 
 
 def _dealt_with(rows: PairRows, bad: dict[int, str], what: OnBad, reason: str) -> PairRows:
@@ -200,7 +207,7 @@ def _blank(rows: PairRows) -> dict[int, str]:
     for part in ("query", "positive"):
         for row, text in enumerate(getattr(rows, part) or []):
             if not text.strip():
-                found.setdefault(row, f"the {part} is a blank text.")
+                found.setdefault(row, f"the {part} is missing or a blank text.")
     for row, texts in enumerate(rows.negatives or []):
         if not all(text.strip() for text in texts):
             found.setdefault(row, "a negative is a blank text.")
@@ -230,6 +237,7 @@ def _lists(columns: list[list[Any]], places: list[str], name: str, check: Callab
 
 
 def _text(value: Any, place: str) -> str:
+    value = "" if value is None else value  # both are blank
     if not isinstance(value, str):
         raise UserError(f"{place}: is {_shown(value)}; needed is a text.")
     return value
@@ -240,9 +248,16 @@ def _picture(value: Any, place: str, folder: Path) -> PictureSource:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
-    if not isinstance(value, str) or not value:
+    if value is None or value == "":
+        return b""  # which is no picture
+    if not isinstance(value, str):
         raise UserError(f"{place}: is {_shown(value)}; needed is the path of a picture.")
-    return folder / Path(value).expanduser()
+    if not value.startswith("~/"):  # another ~ belongs to a name
+        return folder / value
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{place}: is {value[:60]!r}, and there is no home folder.") from error
 
 
 def _label(value: Any, place: str) -> str | int:
@@ -254,9 +269,10 @@ def _label(value: Any, place: str) -> str | int:
 def _number(value: Any, place: str) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    # Batches have float32.
+    if not abs(number) <= torch.finfo(torch.float32).max:
         raise UserError(f"{place}: is {_shown(value)}; needed is a finite number.")
     return number
 

@@ -62,7 +62,9 @@ class ModelTokens:
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Of several texts at once, which the library does on all cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        # Half of a character, as a broken JSON file has it, is what the library cannot take.
+        whole = [text.encode("utf-8", "replace").decode() for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(whole)]
 
 
 def pair_tokenizer(

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
 
 from trainerkit.data.pair_dataset import Negatives, PairDataset, Side
 from trainerkit.data.pair_files import Columns, read_columns
+from trainerkit.data.pair_groups import distinct, groups, own_negatives, row_labels, split_rows
 from trainerkit.data.pair_module import PairModule, PairSets, check_fractions
 from trainerkit.data.pair_pictures import FITS, Augmentation, Fit, PictureFiles, PictureSource, problems
-from trainerkit.data.pair_rows import MODES, Mode, OnBad, PairRows, check_names, mode_of, pair_rows, split_rows
+from trainerkit.data.pair_rows import MODES, Mode, OnBad, PairRows, added, check_names, mode_of, pair_rows
 from trainerkit.data.pair_texts import TokenRows, pair_tokenizer
 from trainerkit.errors import UserError
 
@@ -42,7 +44,7 @@ class PairData(PairModule):
         positive_image_column: pictures.
         negatives_column: texts, a list in each row; or several columns with one each.
         negatives_image_column: pictures, likewise.
-        label_column: rows with the same label are positives of each other.
+        label_column: rows with the same label are positives of each other; without one, rows with the same positive.
         score_column: how well query and positive fit.
         image_dir: the folder of the pictures; None for the file's.
         image_size: side of a picture as the network sees it.
@@ -59,7 +61,7 @@ class PairData(PairModule):
         word_ngrams: longest sequence of words that has a token.
         char_ngrams: shortest and longest sequence of letters that has a token, or None.
         max_length: tokens of a text at most; the rest is cut.
-        val_fraction: share for validation; rows that share a label, or a query or a positive, are on one side.
+        val_fraction: share for validation; rows that share a label, a query or a positive are on one side.
         test_fraction: share for the test.
         mined_negatives: how many mined negatives a row has room for.
         query: what prediction searches among the positives: a text, or a path where queries are pictures.
@@ -165,6 +167,7 @@ class PairData(PairModule):
         self._rows: PairRows | None = None
         self._roles: list[int] = []
         self._n_own = 0  # rows of `path` itself
+        self._told = False  # how many rows were left out
 
     # What a subclass for other pairs writes anew.
 
@@ -218,35 +221,61 @@ class PairData(PairModule):
 
     # Lightning's hooks.
 
+    def setup(self, stage: str) -> None:
+        """Read and check what there is, and that the stage has rows."""
+        super().setup(stage)
+        sets = self.sets
+        there = {"train": sets.train is not None, "val": bool(sets.val), "test": bool(sets.test)}
+        shares = dict(zip(SPLITS, (1.0, *self._fractions), strict=True))
+        # A run that trains ends with the test, and is to hear at its beginning that there is none.
+        needed = {"fit": SPLITS, "validate": ("val",), "test": ("test",)}.get(stage, ())
+        for name in needed:
+            if shares[name] > 0 and not there[name]:
+                raise UserError(self._none_for(name, shares[name]))
+        if self.rows.skipped and not self._told:
+            counts = ", ".join(f"{count} for {reason}" for reason, count in self.rows.skipped.items())
+            rank_zero_info(f"Rows of pairs left out: {counts}.")
+            self._told = True
+
     def make_sets(self) -> PairSets:
         """Read, check, split, tokenise."""
         rows = self.rows
         roles = torch.tensor(self._roles)
         query = self._side(rows.query, rows.query_image, rows.places)
         positive = self._side(rows.positive, rows.positive_image, rows.places)
-        labels = None if rows.label is None else _class_numbers(rows.label)
+        named = row_labels(rows)
+        labels = None if named is None else _class_numbers(named)
         scores = None if rows.score is None else torch.tensor(rows.score, dtype=torch.float32)
-        given = self._negatives(rows, None)
         corpus = self._read(self._corpus_path, positives=True) if self._corpus_path else None
+        if corpus is not None:
+            rows.skipped = added(rows.skipped, corpus.skipped)
         parts = [(roles == role).nonzero()[:, 0] for role in range(3)]
-        for name, part, share in zip(SPLITS, parts, (1.0, *self._fractions), strict=True):
-            if share > 0 and len(part) == 0:
-                key = "path" if name == "train" else f"{name}_fraction={share}"
-                raise UserError(f"{key}: of {len(rows)} rows none is there for {name}; give more rows, or {name}_path.")
 
         def dataset(part: Tensor, **options: Any) -> PairDataset:
             return PairDataset(query, positive, part, labels=labels, scores=scores, seed=self.seed, **options)
 
         def evaluation(part: Tensor) -> list[PairDataset]:
-            return [dataset(part, negatives=self._negatives(rows, corpus, part))] if len(part) else []
+            return [dataset(part, negatives=self._searched_too(rows, corpus, part))] if len(part) else []
 
+        given = {"negatives": self._negatives(rows, parts[0]), "augmentation": self._augmentation}
+        trains = len(parts[0]) > 0
         return PairSets(
-            train=dataset(parts[0], negatives=given, augmentation=self._augmentation, mined=self.mined_negatives),
-            mining=dataset(parts[0], counted=True),
+            train=dataset(parts[0], mined=self.mined_negatives, **given) if trains else None,
+            mining=dataset(parts[0], counted=True) if trains else None,
             val=evaluation(parts[1]),
             test=evaluation(parts[2]),
             rows=dataset(torch.arange(self._n_own)),
             query=self._searched(),
+        )
+
+    def _none_for(self, name: str, share: float) -> str:
+        own = groups(self.rows)[: self._n_own]
+        why = f"{self.path}: of {len(own)} rows in {len(set(own))} groups none is there for {name}; rows that share a "
+        why += "label, a query or a positive are a group and stay together. "
+        if name == "train":
+            return f"{why}Give more rows, or files of their own for validation and test (val_path, test_path)."
+        return (
+            f"{why}Give more rows, a file of its own ({name}_path), or do without by {name}_fraction=0 (now {share})."
         )
 
     @property
@@ -264,10 +293,23 @@ class PairData(PairModule):
         if positives:
             parts = frozenset(part for part in parts if part.startswith("positive"))
             names = names | {"negatives": [], "negatives_image": [], "label": [], "score": []}
+        else:
+            self._check_negatives(columns, pictures="positive_image" in parts)
         for part in parts:
             if names[part][0] not in columns.values:
                 raise UserError(f"{columns.path}: has no column {names[part][0]} ({part}_column).")
         return pair_rows(columns, names, parts, image_dir=self._image_dir, **self._on_bad)
+
+    def _check_negatives(self, columns: Columns, pictures: bool) -> None:
+        """Refuse negatives of the other modality alone, which nothing could be done with."""
+        wanted, other = ("negatives_image", "negatives") if pictures else ("negatives", "negatives_image")
+        there = {part: [name for name in self._names[part] if name in columns.values] for part in (wanted, other)}
+        if there[other] and not there[wanted]:
+            name, kind = there[other][0], "pictures" if pictures else "texts"
+            raise UserError(
+                f"{columns.path}: has negatives in {name} ({other}_column), but positives are {kind}; say "
+                f"{wanted}_column={name} {other}_column=null, or leave them out by {other}_column=null."
+            )
 
     def _side(self, texts: list[str] | None, pictures: list[PictureSource] | None, places: list[str]) -> Side:
         return Side(
@@ -275,25 +317,47 @@ class PairData(PairModule):
             None if pictures is None else PictureFiles(pictures, places.__getitem__, **self._picture_options),
         )
 
-    def _negatives(self, rows: PairRows, corpus: PairRows | None, part: Tensor | None = None) -> Negatives | None:
-        """Those of each row; in evaluation the corpus is dealt out to the rows, since all rows search all negatives."""
-        own: list[list[Any]] | None = rows.negatives_image if rows.positive_image is not None else rows.negatives
-        more: list[Any] = [] if corpus is None else corpus.positive_image or corpus.positive or []
-        if own is None and not more:
+    def _negatives(self, rows: PairRows, part: Tensor) -> Negatives | None:
+        """Those of each row of a part that are none of its query's positives."""
+        lists: list[list[Any]] | None = rows.negatives_image if rows.positive_image is not None else rows.negatives
+        if lists is None:
             return None
-        lists = [[] for _ in rows.places] if own is None else [list(each) for each in own]
-        receivers = range(len(rows)) if part is None else part.tolist()
-        for number, candidate in enumerate(more):
-            lists[receivers[number % len(receivers)]].append(candidate)
-        counted = [lists[row] for row in receivers]
-        members = torch.full((len(rows), max(1, *map(len, counted))), -1)
-        items: list[Any] = []
-        places: list[str] = []
-        for row in receivers:
-            members[row, : len(lists[row])] = torch.arange(len(items), len(items) + len(lists[row]))
-            items += lists[row]
-            places += [rows.places[row]] * len(lists[row])
+        kept = own_negatives(rows)
+        dealt = [[(lists[row][place], rows.places[row]) for place in kept[row]] for row in part.tolist()]
+        return self._dealt(dealt, rows.positive_image is not None)
+
+    def _searched_too(self, rows: PairRows, corpus: PairRows | None, part: Tensor) -> Negatives | None:
+        """What a part's queries are searched in besides its positives: its negatives and the corpus, each different one
+        once, dealt out to the rows, since all rows search all of them.
+        """
         pictures = rows.positive_image is not None
+        lists: list[list[Any]] | None = rows.negatives_image if pictures else rows.negatives
+        if lists is None and corpus is None:
+            return None
+        chosen = part.tolist()
+        found: list[tuple[str, int, Any, str]] = []  # of each its key, who gets it, itself, and what it is called
+        for number, row in enumerate(chosen if lists is not None else ()):
+            for key, item in zip(rows.negatives_key[row], lists[row] if lists else [], strict=True):
+                found.append((key, number, item, rows.places[row]))
+        if corpus is not None:
+            items: list[Any] = (corpus.positive_image if pictures else corpus.positive) or []
+            for number, (key, item, place) in enumerate(zip(corpus.positive_key, items, corpus.places, strict=True)):
+                found.append((key, number % len(chosen), item, place))
+        # What equals a positive is there already, and would be a wrong answer to a query that it answers.
+        kept = distinct([key for key, *_ in found], (rows.positive_key[row] for row in chosen))
+        dealt: list[list[tuple[Any, str]]] = [[] for _ in chosen]
+        for _, number, item, place in (found[one] for one in kept):
+            dealt[number].append((item, place))
+        return self._dealt(dealt, pictures)
+
+    def _dealt(self, lists: list[list[tuple[Any, str]]], pictures: bool) -> Negatives:
+        """Items with what a message calls them, by the row that they are given to."""
+        items, places = [item for each in lists for item, _ in each], [place for each in lists for _, place in each]
+        members = torch.full((len(lists), max([1, *map(len, lists)])), -1)
+        first = 0
+        for row, each in enumerate(lists):
+            members[row, : len(each)] = torch.arange(first, first + len(each))
+            first += len(each)
         return Negatives(self._side(None if pictures else items, items if pictures else None, places), members)
 
     def _searched(self) -> PairDataset | None:
@@ -307,6 +371,8 @@ class PairData(PairModule):
             picture is not None
         ):
             raise UserError(f"query={text}: mode={self.mode} searches by {' and '.join(sorted(parts))}.")
+        if text is not None and not text.strip():
+            raise UserError("query: is a blank text; say what is searched.")
         if picture is not None and (found := problems([Path(picture)])):
             raise UserError(f"query: {found[0]}")
         side = self._side(None if text is None else [text], None if picture is None else [Path(picture)], ["query"])

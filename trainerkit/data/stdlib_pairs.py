@@ -15,7 +15,7 @@ import torch
 
 from trainerkit.data.pair_dataset import PairDataset
 from trainerkit.data.pair_module import PairSets
-from trainerkit.data.pair_rows import PairRows
+from trainerkit.data.pair_rows import PairRows, with_keys
 from trainerkit.data.pairs import PairData
 from trainerkit.data.text_files import draw_split
 
@@ -96,7 +96,7 @@ class StdlibPairs(PairData):
                 rows.places.append(f"{files[name]}: line {line}")
                 roles.append(draw_split(name.encode(), self._fractions))
         self._n_own = len(rows)
-        return rows, roles
+        return with_keys(rows), roles
 
     def make_sets(self) -> PairSets:
         """Each split as a sample, and with the code of all other pairs as more candidates."""
@@ -111,13 +111,12 @@ class StdlibPairs(PairData):
     def _sample(self, whole: PairDataset) -> PairDataset:
         count = min(_CANDIDATES, len(whole))
         chosen = torch.tensor(sorted(random.Random(0).sample(whole.rows.tolist(), count)))
-        return PairDataset(whole.query, whole.positive, chosen)
+        return PairDataset(whole.query, whole.positive, chosen, labels=whole.labels)
 
     def _among_all(self, whole: PairDataset) -> PairDataset:
         rest = self.rows.without(dict.fromkeys(whole.rows.tolist(), ""), "")
-        return PairDataset(
-            whole.query, whole.positive, whole.rows, negatives=self._negatives(self.rows, rest, whole.rows)
-        )
+        negatives = self._searched_too(self.rows, rest, whole.rows)
+        return PairDataset(whole.query, whole.positive, whole.rows, labels=whole.labels, negatives=negatives)
 
 
 def documented_functions(source: bytes) -> Iterator[tuple[str, str, int]]:
