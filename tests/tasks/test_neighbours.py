@@ -136,6 +136,7 @@ def test_a_query_is_answered_on_the_screen_and_in_a_file(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:builtin type .*wig.* has no __module__ attribute:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero:UserWarning")
 @pytest.mark.parametrize("corpus", [ROWS, 1])
 def test_two_processes_of_which_one_has_no_row_of_a_loader_answer_a_query(corpus, tmp_path):
     pytest.importorskip("faiss")
@@ -164,6 +165,7 @@ def test_two_processes_of_which_one_has_no_row_of_a_loader_answer_a_query(corpus
     assert found[:, 0].tolist() == (list(range(ROWS)) if corpus > 1 else [3] * ROWS)
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero:UserWarning")
 def test_two_processes_of_which_one_has_no_row_show_neighbours(tmp_path):
     class Uneven(Shapes):
         def val_dataloader(self):
