@@ -165,27 +165,6 @@ def test_two_processes_of_which_one_has_no_row_of_a_loader_answer_a_query(corpus
     assert found[:, 0].tolist() == (list(range(ROWS)) if corpus > 1 else [3] * ROWS)
 
 
-@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero:UserWarning")
-def test_two_processes_of_which_one_has_no_row_show_neighbours(tmp_path):
-    class Uneven(Shapes):
-        def val_dataloader(self):
-            return super().val_dataloader() if self.trainer.global_rank == self.given else DataLoader([])
-
-        test_dataloader = val_dataloader
-
-    def work(rank):
-        for given in range(2):
-            data = Uneven(pictures=False)
-            data.given = given
-            data.allow_zero_length_dataloader_with_multiple_devices = True
-            evaluated(tmp_path / str(given), Neighbours(k=4, n_queries=2), data, devices=2, strategy="ddp")
-
-    outcomes = two_processes(work, tmp_path)
-    assert all("error" not in outcome for outcome in outcomes), outcomes
-    assert (tmp_path / "0" / "neighbours" / "shapes.txt").exists()
-    assert not (tmp_path / "1" / "neighbours").exists()
-
-
 def test_a_prediction_without_a_query_is_left_alone(tmp_path, capsys):
     class Rows(Shapes):
         predict_names = ("rows",)
