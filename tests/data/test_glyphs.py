@@ -17,7 +17,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(cache):
-    data = Glyphs(cache_dir=cache)
+    data = Glyphs(cache_dir=cache, image_size=32, val_fraction=0.1)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -35,6 +35,10 @@ def test_half_of_the_characters_are_unseen_and_another_tenth_validates(data):
     assert 80 < len(parts[1]) < 130
     assert sorted(torch.cat(parts).tolist()) == list(range(2149))
     assert [role_of(data.codes[int(i)], 0.1) for i in parts[1]] == [1] * len(parts[1])
+
+
+def test_the_characters_are_the_same_at_every_size(data, cache):
+    assert Glyphs(cache_dir=cache, image_size=20).codes == data.codes
 
 
 def test_pixels_find_what_the_documents_say(data):

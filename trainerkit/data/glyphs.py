@@ -3,8 +3,9 @@
 The twelve share 2,297 named characters, blanks, marks and controls left out, with 2,149 distinct pictures in Sans. Half
 of them, 1,087, are unseen: no training row shows one, in any face. Of 898 of these all words of the name are known.
 
-Among the unseen ones, the nearest by the cosine of 32 x 32 pixels is the same character for 0.754 from Sans to Serif, 0.386 to
-Mono Oblique, 0.526 to Serif Bold Italic, and for 0.746, 0.394, 0.567 where Pillow lacks the layout engine Raqm.
+Among the unseen ones, the nearest by the cosine of 32 x 32 pixels is the same character for 0.754 from Sans to Serif,
+0.386 to Mono Oblique, 0.526 to Serif Bold Italic, and for 0.746, 0.394, 0.567 where Pillow lacks the layout engine
+Raqm.
 
 The fonts come with the package matplotlib (extra `examples`). Licence: Bitstream Vera.
 """
@@ -39,7 +40,8 @@ SANS = FACES.index("Sans")
 _TARGETS = {"sans_to_serif": "Serif", "sans_to_mono_oblique": "SansMono-Oblique"}
 _TARGETS |= {"sans_to_serif_bolditalic": "Serif-BoldItalic", "text_to_sans": "Sans"}
 _LEFT_OUT = "CZM"  # controls, blanks, and marks that stand over another character
-_FORMAT = 1
+_FORMAT = 2
+_COMPARED_AT = 32  # pixels: which characters look the same does not depend on the size that a run takes
 
 
 class Glyphs(PairModule):
@@ -284,7 +286,7 @@ def _draw_all(files: list[Path], image_size: int, path: Path) -> None:
     library = require("fontTools.ttLib", "data=glyphs")
     shared = set.intersection(*(set(library.TTFont(file).getBestCmap()) for file in files))
     named = [code for code in sorted(shared) if unicodedata.category(chr(code))[0] not in _LEFT_OUT]
-    sans = drawn(files[SANS], named, image_size)
+    sans = drawn(files[SANS], named, _COMPARED_AT)
     first = {picture.tobytes(): place for place, picture in reversed(list(enumerate(sans)))}
     codes = [named[place] for place in sorted(first.values())]
     kind = np.dtype([("code", np.int64), ("pictures", np.uint8, (len(files), image_size, image_size))])
