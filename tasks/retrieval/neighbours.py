@@ -70,9 +70,9 @@ class Answer:
 class Neighbours(Callback):
     """Show what lies next to a query.
 
-    After each test, and each validation if asked, for each evaluation set, `neighbours/SET.png` in the run's folder: queries, spread
-    over the rows, and their neighbours among all rows' positives, the right ones in a green frame; `neighbours/SET.txt`
-    where these are texts. In `stage=predict` with a query (`predict_names` of the data module is `query`, `corpus`):
+    After each test, and each validation if asked, for each evaluation set, `neighbours/SET.png` in the run's folder:
+    queries, spread over the rows, and their neighbours among all rows' positives, the right ones in a green frame;
+    `neighbours/SET.txt` where these are texts. In `stage=predict` with a query (`predict_names` of the data module is `query`, `corpus`):
     the neighbours on the screen and in `predictions/neighbours.json`.
 
     Args:

@@ -88,10 +88,10 @@ def test_names_and_queries_are_told(data, cache, tmp_path):
     query, corpus = text.predict_dataloader()
     assert text.predict_names == ["query", "corpus"]
     assert column(query, "query_text").shape == (1, 2)
-    assert column(corpus, "positive_image").shape == (1087, 1, 32, 32)
+    assert column(corpus, "positive_image").shape == (1087, 1, 48, 48)
     Image.new("L", (9, 9), 255).save(tmp_path / "a.png")
     query, _ = Glyphs(cache_dir=cache, query=str(tmp_path / "a.png")).predict_dataloader()
-    assert torch.equal(column(query, "query_image"), torch.ones(1, 1, 32, 32))
+    assert torch.equal(column(query, "query_image"), torch.ones(1, 1, 48, 48))
 
 
 @pytest.mark.parametrize(

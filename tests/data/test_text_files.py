@@ -37,7 +37,7 @@ def lines(count, seed=0):
 
 def compressed(path, data):
     if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(data))
+        path.write_bytes(gzip.compress(data, mtime=0))
     elif path.suffix == ".zst":
         zstandard = pytest.importorskip("zstandard")
         half = len(data) // 2  # two frames, as `cat a.zst b.zst` gives
@@ -203,7 +203,7 @@ GOOD = b'{"text": "a"}\n'
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1 has half a character"),
         ("a.txt", "größe\n".encode("utf-16"), r"a\.txt: is UTF-16, needed is UTF-8.*iconv -f UTF-16"),
         ("a.txt", "日本\u3000日本".encode("utf-16-be").join([b"\xfe\xff", b""]), r"a\.txt: is UTF-16, needed"),
-        ("a.txt.gz", gzip.compress(b"abc\n" * 99)[:-20], r"a\.txt\.gz: cannot be read"),
+        ("a.txt.gz", gzip.compress(b"abc\n" * 99, mtime=0)[:-20], r"a\.txt\.gz: cannot be read"),
         ("a.txt.zst", b"no archive", r"a\.txt\.zst: cannot be read"),
     ],
 )
