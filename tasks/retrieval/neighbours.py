@@ -72,8 +72,8 @@ class Neighbours(Callback):
 
     After each test, and each validation if asked, for each evaluation set, `neighbours/SET.png` in the run's folder:
     queries, spread over the rows, and their neighbours among all rows' positives, the right ones in a green frame;
-    `neighbours/SET.txt` where these are texts. In `stage=predict` with a query (`predict_names` of the data module is `query`, `corpus`):
-    the neighbours on the screen and in `predictions/neighbours.json`.
+    `neighbours/SET.txt` where these are texts. In `stage=predict` with a query (`predict_names` of the data module is
+    `query`, `corpus`): the neighbours on the screen and in `predictions/neighbours.json`.
 
     Args:
         k: neighbours of a query.
