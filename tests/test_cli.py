@@ -83,7 +83,7 @@ WRONG = [
     (["task=mae", "seed=x"], "seed=x: must be a whole number from 0"),
     (["task=mae", "resume=none.ckpt"], "resume=none.ckpt: there is no such file; must be auto, null or the path"),
     (["task=mae", "stage=test"], "stage=test needs trained weights"),
-    (["task=mae", "data=null"], "data=null: must be one of indian_pines, spectra"),
+    (["task=mae", "data=null"], "data=null: must be one of glyphs, indian_pines"),
     (["task=mae", "data=spectra"], "data.path: needs a value; give it by data.path="),
     (["task=mae", "data=spectra", "data.path=none.npy"], "none.npy: there is no such file"),
     (["task=mae", "task.network.n_mask=99"], "task.network.n_mask=99: must be from 0 to 19, since one of n_patches=20"),

@@ -246,9 +246,12 @@ class HardNegatives(Callback):
         if epochs < 0 or epochs % self.every_n_epochs:
             return
         self._give(self._mine(trainer, pl_module))
-        assert self.rows is not None
-        mined = float((self.rows >= 0).sum()) / len(self.rows)
-        pl_module.log("train/mined_negatives", mined, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log how many negatives a row had; here, for a run that goes on in mid-epoch does not come by the start."""
+        if self.rows is not None:
+            mined = float((self.rows >= 0).sum()) / len(self.rows)
+            pl_module.log("train/mined_negatives", mined, sync_dist=True, batch_size=1)
 
     def _give(self, rows: Tensor) -> None:
         assert self._data is not None

@@ -117,6 +117,7 @@ def test_the_mode_follows_from_the_columns_or_is_chosen(pictures, mode, keys):
                     assert torch.equal(red, batch["index"] if sign == 1 else 39 - batch["index"])
 
 
+@pytest.mark.filterwarnings("ignore:Rows of pairs left out")
 def test_rows_with_a_bad_picture_or_a_blank_text_leave_as_a_whole(pictures):
     rows = [{"query": f"text {i}", "positive_image": f"{i}.png"} for i in range(40)]
     rows[3]["positive_image"], rows[7]["query"] = "gone.png", " "
@@ -298,6 +299,7 @@ def test_files_of_the_standard_library_are_on_one_side_and_all_code_is_searched(
     check_data(StdlibPairs)
 
 
+@pytest.mark.filterwarnings("ignore:Rows of pairs left out")
 @pytest.mark.parametrize("value", [None, "", "~1.png", "gone.png"])
 def test_a_picture_that_is_missing_is_a_bad_row(pictures, value):
     rows = [{"query": f"text {i}", "positive_image": f"{i}.png"} for i in range(40)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from trainerkit.data.pair_dataset import Negatives, PairDataset, Side
@@ -234,7 +234,7 @@ class PairData(PairModule):
                 raise UserError(self._none_for(name, shares[name]))
         if self.rows.skipped and not self._told:
             counts = ", ".join(f"{count} for {reason}" for reason, count in self.rows.skipped.items())
-            rank_zero_info(f"Rows of pairs left out: {counts}.")
+            rank_zero_warn(f"Rows of pairs left out: {counts}.")
             self._told = True
 
     def make_sets(self) -> PairSets:
