@@ -9,12 +9,16 @@ N: queries, M: candidates, D: width, T and S: vectors of a query and of a candid
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_MOST_PRODUCTS = 2**24  # of vectors with vectors that late interaction holds at once
 
 
 def similarity(queries: Tensor, candidates: Tensor) -> Tensor:
     """All similarities of queries (N, D) and candidates (M, D); or (N, T, D) and (M, S, D) for late interaction.
 
-    In float32 under autocast too. The lengths of the vectors count for nothing.
+    In float32 under autocast too. The lengths of the vectors count for nothing. Late interaction holds the products of
+    one block of queries at a time.
 
     Returns:
         (N, M): cosines, or the means of the query's T' largest cosines, T' the number of vectors that are no padding;
@@ -32,11 +36,24 @@ def similarity(queries: Tensor, candidates: Tensor) -> Tensor:
         queries, candidates = normalized(queries), normalized(candidates)
         if queries.ndim == 2:
             return queries @ candidates.T
-        products = torch.einsum("ntd,msd->nmts", queries, candidates)
-        padding = ~candidates.any(-1)
-        best = products.masked_fill(padding[None, :, None, :], -1.0).amax(-1)  # (N, M, T)
-        there = queries.any(-1)[:, None]
-        return (best * there).sum(-1) / there.sum(-1).clamp(min=1)
+        step = max(1, _MOST_PRODUCTS // max(1, queries.shape[1] * candidates.shape[0] * candidates.shape[1]))
+        if len(queries) <= step:
+            return _max_sim(queries, candidates)
+        # The products of a block are computed again for its gradient: kept, they would be N·M·T·S numbers.
+        blocks = [
+            checkpoint(_max_sim, block, candidates, use_reentrant=False, preserve_rng_state=False)
+            for block in queries.split(step)
+        ]
+        return torch.cat(blocks)
+
+
+def _max_sim(queries: Tensor, candidates: Tensor) -> Tensor:
+    """(N, M) of vectors of length 1."""
+    products = torch.einsum("ntd,msd->nmts", queries, candidates)
+    padding = ~candidates.any(-1)
+    best = products.masked_fill(padding[None, :, None, :], -1.0).amax(-1)  # (N, M, T)
+    there = queries.any(-1)[:, None]
+    return (best * there).sum(-1) / there.sum(-1).clamp(min=1)
 
 
 def normalized(embeddings: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Exact search in tiles: equal to whole rows of similarities, whatever the tiles."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -174,3 +175,26 @@ def test_parts_of_other_lengths_are_joined_with_padding():
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(drawn(2, 4), drawn(3, 4))
+
+
+@pytest.mark.parametrize("most", [1, 7 * 5 * 4 * 2, 10**9])
+def test_late_interaction_in_blocks_is_that_of_all_at_once(most, monkeypatch):
+    """Value and both gradients, against query by query and vector by vector; padding on both sides."""
+    # Imported by name: in the package, `similarity` is the function.
+    monkeypatch.setattr(import_module("trainerkit.tasks.retrieval.similarity"), "_MOST_PRODUCTS", most)
+    torch.manual_seed(0)
+    queries, candidates = (torch.randn(*shape, 3, dtype=torch.float64) for shape in ((6, 4), (7, 5)))
+    queries[2, 1:], candidates[3, 2:] = 0, 0
+    queries.requires_grad_(), candidates.requires_grad_()
+    naive = torch.stack([torch.stack([_max_sim(query, candidate) for candidate in candidates]) for query in queries])
+    found = similarity(queries, candidates)
+    torch.testing.assert_close(found, naive)
+    weights = torch.randn(6, 7, dtype=torch.float64)
+    expected = torch.autograd.grad((naive * weights).sum(), (queries, candidates))
+    torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), (queries, candidates)), expected)
+
+
+def _max_sim(query, candidate):
+    """Of two texts, vectors of zeros left out."""
+    vectors, others = ([v / v.norm() for v in side if v.any()] for side in (query, candidate))
+    return torch.stack([torch.stack([v @ other for other in others]).max() for v in vectors]).mean()

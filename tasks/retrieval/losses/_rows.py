@@ -1,8 +1,9 @@
 """What all losses do first: check shapes, join candidates, tell which rows are relevant to each other."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from trainerkit.tasks.retrieval import rows
 
 
 def check_rows(
@@ -60,13 +61,9 @@ def given_for(queries: Tensor, negatives: Tensor, owners: Tensor | None) -> Tens
 
 
 def joined(first: Tensor, *others: Tensor | None) -> Tensor:
-    """One after another, in float32 or wider; sequences of vectors are filled up with zeros, which are padding."""
+    """One after another as `rows.joined`, in float32 or wider: autocast joins no mixture."""
     parts = [first, *(other for other in others if other is not None)]
-    parts = [part if part.dtype == torch.float64 else part.float() for part in parts]  # autocast joins no mixture
-    if first.ndim == 3:
-        longest = max(part.shape[1] for part in parts)
-        parts = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]
-    return torch.cat(parts)
+    return rows.joined([part if part.dtype == torch.float64 else part.float() for part in parts])
 
 
 def above_zero(**values: float) -> None:
