@@ -71,9 +71,9 @@ class ResidualNetwork(nn.Module):
     def tell(self, x: Tensor) -> Tensor:
         """Logits of each attribute's values: (…, width) to (…, attributes, values)."""
         logits: Tensor = self.attributes(self.features(x))
-        return logits.unflatten(-1, (self.sizes["attributes"], self.sizes["values"]))
+        return logits.reshape(*x.shape[:-1], self.sizes["attributes"], self.sizes["values"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Logit of yes: (…, width) to (…)."""
         logits: Tensor = self.answer(self.features(x))
-        return logits.squeeze(-1)
+        return logits[..., 0]
