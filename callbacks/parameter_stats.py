@@ -25,7 +25,7 @@ from trainerkit.callbacks._trainer import StepHooks, log_metrics, refuse_sharded
 from trainerkit.functional.rank import effective_rank
 from trainerkit.functional.statistics import (
     Array,
-    are_uniform,
+    NormPlan,
     as_values,
     copied,
     histogram,
@@ -40,7 +40,31 @@ CHEAP = ("norm", "gradient_norm", "gradient_to_weight")
 STATISTICS = (*CHEAP, "update_to_weight", "mean", "std", "max_abs", "zeros")
 RATIOS = {"gradient_norm": "gradient_to_weight", "update_norm": "update_to_weight"}
 
+_MOST_PATTERNS = 256  # of parameters that have a gradient; what is known of them is forgotten then
+
 Column = tuple[Array, Array]  # places among the parameters, and a value for each
+
+
+class Groups:
+    """Which group each parameter belongs to, and what follows for a choice of parameters, worked out once.
+
+    Args:
+        group: of each parameter, (n,), integers.
+        number: of groups.
+    """
+
+    def __init__(self, group: Array, number: int) -> None:
+        self.number = number
+        self._group = group
+        self._known: dict[int, tuple[Array, Array, Array]] = {}
+
+    def of(self, rows: Array) -> tuple[Array, Array]:
+        """The groups of these parameters (k,), and those that have any (g,); `rows` must not change afterwards."""
+        known = self._known.get(id(rows))
+        if known is None:
+            mine = self._group[rows]
+            known = self._known[id(rows)] = rows, mine, np.flatnonzero(np.bincount(mine, minlength=self.number))
+        return known[1], known[2]
 
 
 def weight_columns(weights: Sequence[Tensor], wanted: set[str]) -> dict[str, Tensor]:
@@ -58,35 +82,35 @@ def weight_columns(weights: Sequence[Tensor], wanted: set[str]) -> dict[str, Ten
 
 
 @np.errstate(all="ignore")  # what is infinite or NaN is reported so
-def summarize(columns: Mapping[str, Column], counts: Array, groups: Array, number: int) -> dict[str, Column]:
+def summarize(columns: Mapping[str, Column], counts: Array, groups: Groups) -> dict[str, Column]:
     """The statistics of groups of parameters, from those of the parameters.
 
     Args:
         columns: which parameters were measured, and what was found, (k,) each: those of `weight_columns` for all
             parameters, `gradient_norm` and `update_norm` for those with a gradient, `effective_rank` for matrices.
         counts: elements of each parameter, (n,).
-        groups: which group each belongs to, (n,), integers.
-        number: of groups.
+        groups: which group each belongs to.
 
     Returns:
         For each statistic the groups that have it, and what it is there, (g,) each. Ratios are over the parameters that
         have a gradient; the effective rank is the mean over the matrices; nothing out of zero is a ratio of 0.
     """
     result: dict[str, Column] = {}
-    places: dict[int, tuple[Array, Array]] = {}  # what columns of the same parameters share
+    number = groups.number
     all_rows, all_norms = columns["norm"]
     squares = all_norms**2
-    by_row = np.zeros(len(counts))
-    by_row[all_rows] = squares
+    of_weights = np.bincount(groups.of(all_rows)[0], squares, number)
     for name, (rows, values) in columns.items():
-        if id(rows) not in places:
-            places[id(rows)] = groups[rows], np.flatnonzero(np.bincount(groups[rows], minlength=number))
-        mine, there = places[id(rows)]
+        mine, there = groups.of(rows)
         if name == "norm":
-            result[name] = there, np.sqrt(np.bincount(mine, squares, number)[there])
+            result[name] = there, np.sqrt(of_weights[there])
         elif name in RATIOS:
             above = np.sqrt(np.bincount(mine, values**2, number)[there])
-            below = np.sqrt(np.bincount(mine, by_row[rows], number)[there])
+            below = result["norm"][1]
+            if rows is not all_rows:
+                by_row = np.zeros(len(counts))
+                by_row[all_rows] = squares
+                below = np.sqrt(np.bincount(mine, by_row[rows], number)[there])
             if name == "gradient_norm":
                 result[name] = there, above
             ratio = np.where(above == 0, 0.0, np.inf)
@@ -103,6 +127,18 @@ def summarize(columns: Mapping[str, Column], counts: Array, groups: Array, numbe
             total = np.bincount(mine, weight, number)[there]
             result[name] = there, np.bincount(mine, weight * values, number)[there] / total
     return result
+
+
+@dataclass
+class _Held:
+    """One optimizer's parameters among ours, and how their norms and those of their gradients are made."""
+
+    size: int  # parameters of the optimizer, ours or not
+    rows: list[int]
+    weights: list[nn.Parameter]
+    odd: bool  # whether a weight is complex or sparse
+    moving: list[int] | None = None  # rows with a gradient when the plan was made
+    plan: NormPlan | None = None
 
 
 @dataclass
@@ -177,8 +213,9 @@ class ParameterStats(Callback):
         self._names: list[str] = []
         self._parameters: list[nn.Parameter] = []
         self._row: dict[int, int] = {}  # place by id of the parameter
-        self._uniform = False  # whether one foreach does for all
-        self._held: dict[int, tuple[int, list[int]]] = {}  # by optimizer: how many parameters, and the rows of ours
+        self._held: dict[int, _Held] = {}  # by optimizer
+        self._places: dict[tuple[int, ...], Array] = {}  # of rows: each parameter's place twice, see `_to_host`
+        self._groups: Groups | None = None  # of one optimizer that holds all
         self._layers: list[str] = []
         self._labels: dict[str, list[str]] = {}  # by statistic: what each group's metric is called
         self._layer_of = self._counts = np.zeros(0)
@@ -217,7 +254,7 @@ class ParameterStats(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to follow the optimizers."""
-        self._held, self._uniform = {}, are_uniform(self._parameters)
+        self._held, self._places, self._groups = {}, {}, None
         self._often.start(trainer)
         self._fully.start(trainer)
         self._hooks.attach(trainer, self._after_step)
@@ -227,9 +264,9 @@ class ParameterStats(Callback):
         index, step = optimizer_index(trainer, optimizer), step_number(trainer)
         if self._often.due(index, step):
             full = self._fully.due(index, step)
-            rows = self._rows(index, optimizer)
-            if rows and (full or self.statistics.intersection(CHEAP)):
-                self._measured[index] = self._measure(rows, full, True, loss_scale(trainer, optimizer))
+            held = self._of(index, optimizer)
+            if held.rows and (full or self.statistics.intersection(CHEAP)):
+                self._measured[index] = self._measure(held, full, loss_scale(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -251,12 +288,18 @@ class ParameterStats(Callback):
         self._hooks.detach()
         self._measured = {}
 
-    def _rows(self, index: int, optimizer: Optimizer) -> list[int]:
+    def _of(self, index: int, optimizer: Optimizer) -> _Held:
         """Of one optimizer's parameters, looked up when their number changes, as by an unfreezing."""
         size = sum(len(group["params"]) for group in optimizer.param_groups)
-        if self._held.get(index, (0, []))[0] != size:
-            self._held[index] = size, self._held_by([optimizer])
-        return self._held[index][1]
+        held = self._held.get(index)
+        if held is None or held.size != size:
+            held = self._held[index] = self._holding(self._held_by([optimizer]), size)
+        return held
+
+    def _holding(self, rows: list[int], size: int = 0) -> _Held:
+        weights = [self._parameters[row] for row in rows]
+        odd = any(weight.layout is not torch.strided or weight.is_complex() for weight in weights)
+        return _Held(size, rows, weights, odd)
 
     def _held_by(self, optimizers: Sequence[Optimizer]) -> list[int]:
         """The rows of the parameters that these optimizers hold now."""
@@ -264,20 +307,27 @@ class ParameterStats(Callback):
         return [row for row in dict.fromkeys(held) if row is not None]
 
     @torch.inference_mode()
-    def _measure(self, rows: list[int], full: bool, gradients: bool, scale: Tensor | None = None) -> _Measured:
-        """Measure weights, and gradients on request, which are still to be divided by the scale."""
-        weights: list[Tensor] = [self._parameters[row] for row in rows]
-        slopes = {row: slope for row in rows if (slope := self._parameters[row].grad) is not None} if gradients else {}
-        if not self._uniform or any(slope.layout is not torch.strided for slope in slopes.values()):
-            weights = [as_values(weight) for weight in weights]
-            slopes = {row: as_values(slope) for row, slope in slopes.items()}
-        all_norms = norms([*weights, *slopes.values()], uniform=self._uniform)
+    def _measure(self, held: _Held, full: bool, scale: Tensor | None = None, gradients: bool = True) -> _Measured:
+        """Measure weights, and gradients unless told otherwise, which are still to be divided by the scale."""
+        rows, weights = held.rows, held.weights
+        found = [weight.grad if gradients else None for weight in weights]
+        slopes = [slope for slope in found if slope is not None]
+        moving = rows if len(slopes) == len(rows) else [r for r, s in zip(rows, found, strict=True) if s is not None]
+        tensors: list[Tensor] = [*weights, *slopes]
+        if held.odd or any(slope.layout is not torch.strided for slope in slopes):
+            tensors = [as_values(tensor) for tensor in tensors]
+            all_norms = norms(tensors)  # no plan: a sparse gradient has another size each time
+        else:
+            if held.plan is None or held.moving != moving:
+                held.plan, held.moving = NormPlan(tensors), moving
+            all_norms = norms(tensors, plan=held.plan)
         of_gradients = all_norms[len(rows) :] if scale is None else all_norms[len(rows) :] / scale
         measured = _Measured(rows, full, {"norm": (rows, all_norms[: len(rows)])})
         if slopes:
-            measured.columns["gradient_norm"] = rows if len(slopes) == len(rows) else list(slopes), of_gradients
+            measured.columns["gradient_norm"] = moving, of_gradients
         if full:
-            self._measure_fully(measured, weights, slopes, scale)
+            weights_, slopes = tensors[: len(rows)], tensors[len(rows) :]
+            self._measure_fully(measured, weights_, dict(zip(moving, slopes, strict=True)), scale)
         return measured
 
     def _measure_fully(
@@ -319,19 +369,26 @@ class ParameterStats(Callback):
             held = set(self._held_by(trainer.optimizers))
             others = [row for row in range(len(self._parameters)) if row not in held]
             if others:
-                parts.append(self._measure(others, any(one.full for one in parts), False))
+                parts.append(self._measure(self._holding(others), any(one.full for one in parts), gradients=False))
         columns = self._to_host(trainer, parts)
-        # Every parameter counts twice, for its layer and for its total; the last group is of what is in no total.
-        number, size, optimizers = len(self._layers), len(self._counts), len(trainer.optimizers)
+        joined = {name: _joined([part[name] for part in columns if name in part]) for name in _names(columns)}
+        optimizers = len(trainer.optimizers)
+        groups = self._groups
+        if groups is None or len(parts) > 1:
+            groups = self._grouped(measured, optimizers)
+            self._groups = groups if optimizers == len(parts) == 1 else None
+        found = summarize(joined, np.concatenate([self._counts, self._counts]), groups)
+        names = [*self._layers, *(["total"] if optimizers == 1 else [f"total_{i}" for i in range(optimizers)])]
+        log_metrics(trainer, self._named(found, names))
+
+    def _grouped(self, measured: Mapping[int, _Measured], optimizers: int) -> Groups:
+        """Every parameter counts twice, for its layer and for its total; the last group is of what is in no total."""
+        number, size = len(self._layers), len(self._counts)
         total = np.zeros(size, dtype=int) if optimizers == 1 else np.full(size, optimizers)
         if optimizers > 1:
             for index, one in measured.items():
                 total[one.rows] = index
-        joined = {name: _joined([part[name] for part in columns if name in part]) for name in _names(columns)}
-        groups, counts = np.concatenate([self._layer_of, number + total]), np.concatenate([self._counts, self._counts])
-        found = summarize(joined, counts, groups, number + optimizers + 1)
-        names = [*self._layers, *(["total"] if optimizers == 1 else [f"total_{i}" for i in range(optimizers)])]
-        log_metrics(trainer, self._named(found, names))
+        return Groups(np.concatenate([self._layer_of, number + total]), number + optimizers + 1)
 
     def _named(self, found: Mapping[str, Column], names: Sequence[str]) -> dict[str, float]:
         named: dict[str, float] = {}
@@ -350,19 +407,21 @@ class ParameterStats(Callback):
         found += [tensor for part in parts for tensor in part.histograms.values()]
         if any(tensor.device != found[0].device for tensor in found):
             found = [tensor.to(found[0].device) for tensor in found]
-        values = np.array(torch.cat(found).tolist())
+        values = torch.cat(found).numpy(force=True).astype(float)
         ends = accumulate(len(tensor) for tensor in found)
         pieces = (values[end - len(tensor) : end] for tensor, end in zip(found, ends, strict=True))
         columns: list[dict[str, Column]] = []
-        places: dict[int, Array] = {}
+        if len(self._places) > _MOST_PATTERNS:
+            self._places, self._groups = {}, None
         for part in parts:
             columns.append({})
             for name, (rows, _) in part.columns.items():
-                if id(rows) not in places:
+                key = tuple(rows)
+                if key not in self._places:
                     place = np.array(rows)
-                    places[id(rows)] = np.concatenate([place, place + len(self._parameters)])
+                    self._places[key] = np.concatenate([place, place + len(self._parameters)])
                 piece = next(pieces)
-                columns[-1][name] = places[id(rows)], np.concatenate([piece, piece])
+                columns[-1][name] = self._places[key], np.concatenate([piece, piece])
         for part in parts:
             for name in part.histograms:
                 self._keep_histogram(trainer, name, next(pieces))

@@ -24,7 +24,7 @@ from tests.benchmarks.mae_training import LENGTH, OPTIMIZER, SCHEDULE, SIZES, by
 from tests.benchmarks.turns import measure, quiet, table
 from trainerkit.callbacks import ActivationStats, GradientFlow, ParameterStats
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
-from trainerkit.functional.statistics import norms
+from trainerkit.functional.statistics import NormPlan, norms
 from trainerkit.tasks.mae import MaskedAutoencoder, MaskedAutoencoderTask
 from trainerkit.trainer import Trainer
 
@@ -162,12 +162,14 @@ def reduction(prepare: Callable[[nn.Module], Callable[[], object]], repeats: int
 
 def gradients_to_host(module: nn.Module) -> Callable[[], object]:
     parameters = list(module.parameters())  # the callback has them at hand
-    return lambda: norms([parameter.grad for parameter in parameters], uniform=True).tolist()
+    plan = NormPlan([parameter.grad for parameter in parameters])
+    return lambda: norms([parameter.grad for parameter in parameters], plan=plan).tolist()
 
 
 def both_to_host(module: nn.Module) -> Callable[[], object]:
     parameters = list(module.parameters())
-    return lambda: norms([*parameters, *(parameter.grad for parameter in parameters)], uniform=True).tolist()
+    plan = NormPlan([*parameters, *(parameter.grad for parameter in parameters)])
+    return lambda: norms([*parameters, *(parameter.grad for parameter in parameters)], plan=plan).tolist()
 
 
 def main(rounds: int = 5) -> None:

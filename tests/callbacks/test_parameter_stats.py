@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tests.support import toy_loader, toy_trainer
 from trainerkit.callbacks import CrashSafeCheckpoint, ParameterNormClip, ParameterStats
 from trainerkit.callbacks._layers import MOST_LAYERS, layers_of
-from trainerkit.callbacks.parameter_stats import STATISTICS, summarize, weight_columns
+from trainerkit.callbacks.parameter_stats import STATISTICS, Groups, summarize, weight_columns
 from trainerkit.functional.rank import effective_rank
 from trainerkit.functional.statistics import histogram, mean_and_squares, norms, pooled_moments
 from trainerkit.testing.syncs import SyncCounter
@@ -573,7 +573,7 @@ def test_a_summary_does_not_depend_on_how_parameters_are_cut_or_ordered():
         rows = np.arange(len(parts))
         host = {name: (rows, column.double().numpy()) for name, column in columns.items()}
         counts = np.array([float(part.numel()) for part in parts])
-        summary = summarize(host, counts, np.zeros(len(parts), dtype=int), 1)
+        summary = summarize(host, counts, Groups(np.zeros(len(parts), dtype=int), 1))
         results.append({name: float(values[0]) for name, (_, values) in summary.items()})
     assert set(results[0]) == {"norm", "mean", "std", "max_abs", "zeros"}
     assert results[1] == pytest.approx(results[0], rel=1e-5)
@@ -584,5 +584,5 @@ def test_a_summary_does_not_depend_on_how_parameters_are_cut_or_ordered():
 def test_nothing_out_of_nothing_is_a_ratio_of_0_and_something_out_of_nothing_is_infinite():
     rows = np.arange(2)
     columns = {"norm": (rows, np.zeros(2)), "gradient_norm": (rows, np.array([0.0, 2.0]))}
-    _, ratio = summarize(columns, np.ones(2), rows, 2)["gradient_to_weight"]
+    _, ratio = summarize(columns, np.ones(2), Groups(rows, 2))["gradient_to_weight"]
     assert ratio.tolist() == [0.0, math.inf]

@@ -3,7 +3,7 @@
 A measurement of n tensors is one small vector on their device. Nothing here waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,65 +35,102 @@ def stacked(scalars: Sequence[Tensor]) -> Tensor:
     return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
 
 
-def are_uniform(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are real, of one device and of one type that sums are made in."""
-    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
-    return len(kinds) == 1 and next(iter(kinds))[1] in (torch.float32, torch.float64)
+class NormPlan:
+    """How the norms of many tensors are made, worked out from their devices, types and shapes.
+
+    On the CPU `torch._foreach_norm` takes one tensor after the other, in one thread. A dot product of a large one takes
+    all threads, and small ones of one shape are copied together and reduced at once, in a third of the time. Elsewhere
+    it is one `torch._foreach_norm` for each device and type.
+
+    Args:
+        tensors: n of any shape, dense and real.
+        order: 2 for the root of the sum of squares, 1 for the sum of absolute values.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], order: float = 2.0) -> None:
+        self.order = order
+        self._parts: list[tuple[_Way, list[int]]] = []
+        kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for place, tensor in enumerate(tensors):
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
+        for (device, dtype), places in kinds.items():
+            if dtype in (torch.float16, torch.bfloat16):
+                self._parts.append((_each_in_float32, places))
+            elif device.type == "cpu":
+                self._parts += _cpu_parts(tensors, places, order)
+            else:
+                self._parts.append((_each, places))
+        self._order = [place for _, places in self._parts for place in places]
+        self._back = torch.tensor(self._order).argsort()  # on the CPU: a copy to another device would wait for it
+        self._is_in_order = self._order == list(range(len(tensors)))
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The norms (n,) of tensors like those that the plan was made for, on the first one's device."""
+        device = tensors[0].device
+        found = torch.cat(
+            [way([tensors[place] for place in places], self.order).to(device) for way, places in self._parts]
+        )
+        if self._is_in_order:
+            return found
+        if device.type == "cpu":
+            return found.index_select(0, self._back)
+        scalars = dict(zip(self._order, found.unbind(), strict=True))
+        return torch.stack([scalars[place] for place in range(len(tensors))])
 
 
 @torch.inference_mode()  # a tenth cheaper than no_grad where tensors are many and small
-def norms(tensors: Sequence[Tensor], order: float = 2.0, uniform: bool = False) -> Tensor:
-    """The norm of each tensor, in one `torch._foreach_norm` for each device and type.
+def norms(tensors: Sequence[Tensor], order: float = 2.0, plan: NormPlan | None = None) -> Tensor:
+    """The norm of each tensor.
 
     Args:
         tensors: n of any shape, dense and real; half precision is summed in float32.
         order: 2 for the root of the sum of squares, 1 for the sum of absolute values.
-        uniform: that `are_uniform` has been seen to hold, which saves looking at each.
+        plan: of tensors like these, whose order then counts; None makes one.
 
     Returns:
         (n,), on the first one's device.
     """
     if not tensors:
         return torch.zeros(0)
-    if uniform or are_uniform(tensors):
-        return _norms_of_one_kind(list(tensors), order)
-    kinds = [(tensor.device, tensor.dtype) for tensor in tensors]
-    found: dict[int, Tensor] = {}
-    for kind in dict.fromkeys(kinds):
-        places = [place for place, other in enumerate(kinds) if other == kind]
-        wide = torch.float32 if kind[1] in (torch.float16, torch.bfloat16) else None
-        of_kind = torch._foreach_norm([tensors[place] for place in places], order, wide)
-        found |= zip(places, of_kind, strict=True)
-    return stacked([found[place] for place in range(len(tensors))])
+    return (NormPlan(tensors, order) if plan is None else plan)(tensors)
 
 
-def _norms_of_one_kind(tensors: list[Tensor], order: float) -> Tensor:
-    if tensors[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(tensors, order))
-    # On the CPU `_foreach_norm` takes one tensor after the other, in one thread. A dot product of a large one takes
-    # all threads, and small ones of one shape are copied together and reduced at once, in a third of the time.
+_Way = Callable[[list[Tensor], float], Tensor]
+
+
+def _each(tensors: list[Tensor], order: float) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors, order))
+
+
+def _each_in_float32(tensors: list[Tensor], order: float) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors, order, torch.float32))
+
+
+def _dots(tensors: list[Tensor], order: float) -> Tensor:
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    return torch.stack([torch.dot(values, values) for values in flat]).sqrt_()
+
+
+def _together(tensors: list[Tensor], order: float) -> Tensor:
+    rows = torch.stack(tensors).view(len(tensors), -1)
+    found: Tensor = torch.linalg.vector_norm(rows, order, 1)
+    return found
+
+
+def _cpu_parts(tensors: Sequence[Tensor], places: list[int], order: float) -> list[tuple[_Way, list[int]]]:
     by_shape: dict[torch.Size, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        by_shape.setdefault(tensor.shape, []).append(place)
-    found, places, large, others = [], [], [], []
+    for place in places:
+        by_shape.setdefault(tensors[place].shape, []).append(place)
+    parts: list[tuple[_Way, list[int]]] = []
+    large, others = [], []
     for shape, alike in by_shape.items():
         if shape.numel() >= _LARGE and order == 2:
             large += alike
         elif shape.numel() <= _SMALL and len(alike) > 2:
-            rows = torch.stack([tensors[place] for place in alike]).view(len(alike), -1)
-            found.append(torch.linalg.vector_norm(rows, order, 1))
-            places += alike
+            parts.append((_together, alike))
         else:
             others += alike
-    if large:
-        flat = [tensors[place].reshape(-1) for place in large]
-        found.append(torch.stack([torch.dot(values, values) for values in flat]).sqrt_())
-        places += large
-    if others:
-        found.append(torch.stack(torch._foreach_norm([tensors[place] for place in others], order)))
-        places += others
-    joined = torch.cat(found)
-    return torch.empty_like(joined).index_copy_(0, torch.tensor(places), joined)
+    return [*parts, *((way, alike) for way, alike in ((_dots, large), (_each, others)) if alike)]
 
 
 @torch.inference_mode()
