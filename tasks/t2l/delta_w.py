@@ -69,7 +69,7 @@ def squared_difference(b_hat: Tensor, a_hat: Tensor, b: Tensor, a: Tensor) -> Te
         b: as `b_hat`.
         a: as `a_hat`.
     """
-    rows = (b_hat.flatten(0, -3), a_hat.flatten(0, -3), b.detach().flatten(0, -3), a.detach().flatten(0, -3))
+    rows = [factor.reshape(-1, *factor.shape[-2:]) for factor in (b_hat, a_hat, b.detach(), a.detach())]
     result: Tensor = _SquaredDifference.apply(*rows)  # type: ignore[no-untyped-call]
     return result.view(a_hat.shape[:-2])
 
@@ -89,7 +89,7 @@ def pointwise_difference(
         kind: 'l1', or 'huber': ½d² up to |d| = δ, δ·(|d| − ½δ) beyond.
         delta: δ.
     """
-    rows = (b_hat.flatten(0, -3), a_hat.flatten(0, -3), b.detach().flatten(0, -3), a.detach().flatten(0, -3))
+    rows = [factor.reshape(-1, *factor.shape[-2:]) for factor in (b_hat, a_hat, b.detach(), a.detach())]
     result: Tensor = _PointwiseDifference.apply(*rows, kind, delta)  # type: ignore[no-untyped-call]
     return result.view(a_hat.shape[:-2])
 
