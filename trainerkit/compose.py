@@ -19,7 +19,11 @@ from trainerkit.plugins import register_search_path
 CONFIG_MODULE = "trainerkit.configs"
 CONFIG_NAME = "train"
 # Keys whose values are prose or code, in which commas, brackets and spaces at the end mean themselves.
-_TEXT_KEYS = ("prompt",)
+_TEXT_KEYS = {
+    "prompt": "; put it into a file, data.prompt_file=FILE",
+    "description": "; put it into a file, data.description_file=FILE",
+    "query": "",
+}
 
 
 def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:
@@ -61,7 +65,7 @@ def with_text_quoted(override: str) -> str:
     if key.lstrip("+") not in _TEXT_KEYS or not equals or text == "null":
         return override
     if "${" in text or text == "???":
-        raise UserError(f"{override}: this text has another meaning here; put it into a file, data.prompt_file=FILE.")
+        raise UserError(f"{override}: this text has another meaning here{_TEXT_KEYS[key.lstrip('+')]}.")
     return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
 
 
