@@ -46,7 +46,7 @@ def score(network, factors, world, rules=RULES):
 def test_the_layout_is_that_of_the_networks_layers():
     layout = base_layout(4)
     modules = dict(ResidualNetwork().named_modules())
-    assert [one.label for one in layout.types] == ["up", "down"]
+    assert [one.label for one in layout.types] == ["down", "up"]
     for name, inputs, outputs in layout.layers:
         assert (modules[name].in_features, modules[name].out_features) == (inputs, outputs)
     assert len(layout.names) == 6
@@ -71,7 +71,7 @@ def test_half_of_the_objects_of_each_rule_are_yes_and_all_of_them_come():
     objects = BalancedObjects(RULES)
     numbers, expected = objects.draw(40000, torch.Generator().manual_seed(0))
     held = truth(RULES)
-    assert torch.equal(held.gather(1, numbers), expected > 0.5)
+    assert torch.equal(held.gather(1, numbers), expected.bool())
     assert expected.sum(1).tolist() == [20000] * len(RULES)
     yes = torch.zeros_like(held).scatter(1, numbers, True) & held
     assert torch.equal(yes, held)
@@ -103,12 +103,12 @@ def train_free_copy(network):
 
 def test_balanced_accuracy_is_the_mean_over_yes_and_no():
     generator = torch.Generator().manual_seed(0)
-    said = torch.randn(5, 40, generator=generator)
-    expected = (torch.rand(5, 40, generator=generator) < 0.3).float()
+    said = torch.randn(5, 40, 2, generator=generator)
+    expected = (torch.rand(5, 40, generator=generator) < 0.3).long()
     naive = []
     for row, truths in zip(said.tolist(), expected.tolist(), strict=True):
-        yes = [value > 0 for value, true in zip(row, truths, strict=True) if true]
-        no = [value <= 0 for value, true in zip(row, truths, strict=True) if not true]
+        yes = [logits[1] > logits[0] for logits, true in zip(row, truths, strict=True) if true]
+        no = [logits[1] <= logits[0] for logits, true in zip(row, truths, strict=True) if not true]
         naive.append((sum(yes) / len(yes) + sum(no) / len(no)) / 2)
     torch.testing.assert_close(balanced_accuracy(said, expected), torch.tensor(naive))
     torch.testing.assert_close(balanced_accuracy(said * 7, expected), torch.tensor(naive))  # no matter how sure

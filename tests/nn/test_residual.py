@@ -38,14 +38,14 @@ def test_the_network_is_its_blocks_in_turn_and_a_readout_of_their_norm(network):
     for block in network.blocks:
         features = naive_block(block, features)
     features = layer_norm(features, (6,), network.norm.weight, network.norm.bias)
-    torch.testing.assert_close(network(x), features @ network.answer.weight[0] + network.answer.bias[0])
+    torch.testing.assert_close(network(x), features @ network.answer.weight.T + network.answer.bias)
     told = features @ network.attributes.weight.T + network.attributes.bias
     torch.testing.assert_close(network.tell(x), told.reshape(4, 3, 2))
 
 
 def test_objects_do_not_see_each_other_and_any_dimensions_may_stand_in_front(network):
     x = torch.randn(2, 3, 6, dtype=torch.float64)
-    assert network(x).shape == (2, 3)
+    assert network(x).shape == (2, 3, 2)
     assert network.tell(x).shape == (2, 3, 3, 2)
     torch.testing.assert_close(network(x)[1, 2], network(x[1, 2]))
     torch.testing.assert_close(network(x.flip(0)), network(x).flip(0))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, gelu
+from torch.nn.functional import cross_entropy, gelu
 
 from trainerkit.adapters import AdapterLayout, Factors
 from trainerkit.data.rules import N_ATTRIBUTES, N_VALUES, Rule, all_objects, truth
@@ -61,10 +61,10 @@ class Recipe:
 
 
 def base_layout(rank: int) -> AdapterLayout:
-    """The layers that adapters change: up and down of each block."""
+    """The layers that adapters change: up and down of each block, sorted as `read_adapter` does."""
     layers: list[list[object]] = []
     for block in range(BLOCKS):
-        layers += [[f"blocks.{block}.up", WIDTH, HIDDEN], [f"blocks.{block}.down", HIDDEN, WIDTH]]
+        layers += [[f"blocks.{block}.down", HIDDEN, WIDTH], [f"blocks.{block}.up", WIDTH, HIDDEN]]
     return AdapterLayout(layers, rank)
 
 
@@ -111,7 +111,7 @@ class BalancedObjects:
         self.order = held.int().argsort(dim=1, stable=True)  # (T, 1024): first those with no
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Numbers of objects, (T, count) int64, and answers, (T, count) float32: the first half no.
+        """Numbers of objects and answers, (T, count) int64: the first half no (0), the second yes (1).
 
         Each half is drawn with the same uniform numbers for all rules.
         """
@@ -119,7 +119,7 @@ class BalancedObjects:
         uniform = torch.rand(2, half, generator=generator)
         no = (uniform[0] * self.n_no[:, None]).long()
         yes = self.n_no[:, None] + (uniform[1] * self.n_yes[:, None]).long()
-        answers = torch.cat([torch.zeros(half), torch.ones(half)]).expand(len(self.order), count)
+        answers = torch.arange(2).repeat_interleave(half).expand(len(self.order), count)
         return self.order.gather(1, torch.cat([no, yes], 1)), answers
 
 
@@ -133,7 +133,7 @@ def answers(network: ResidualNetwork, layout: AdapterLayout, factors: Factors, i
         inputs: (T, S, W).
 
     Returns:
-        Logits of yes, (T, S).
+        Logits of no and yes, (T, S, 2).
     """
 
     def adapted(layer: torch.nn.Linear, label: str, depth: int, x: Tensor) -> Tensor:
@@ -146,21 +146,21 @@ def answers(network: ResidualNetwork, layout: AdapterLayout, factors: Factors, i
         hidden = gelu(adapted(block.up, "up", depth, block.norm(x)))
         x = x + adapted(block.down, "down", depth, hidden)
     logits: Tensor = network.answer(network.norm(x))
-    return logits[..., 0]
+    return logits
 
 
 def balanced_accuracy(said: Tensor, expected: Tensor) -> Tensor:
     """Mean of the share of right answers among those that are yes and among those that are no.
 
     Args:
-        said: logits, (T, S).
-        expected: 1 for yes, 0 for no, (T, S), both in each row.
+        said: logits of no and yes, (T, S, 2).
+        expected: 0 for no, 1 for yes, (T, S), both in each row.
 
     Returns:
         (T,).
     """
-    right = ((said > 0) == (expected > 0.5)).float()
-    yes = (expected > 0.5).float()
+    right = (said.argmax(2) == expected).float()
+    yes = expected.float()
     return ((right * yes).sum(1) / yes.sum(1) + (right * (1 - yes)).sum(1) / (1 - yes).sum(1)) / 2
 
 
@@ -220,7 +220,7 @@ def train_adapters(
             numbers, expected = objects.draw(recipe.objects, generator)
             said = answers(network, layout, factors, world.draw(numbers, generator, same_noise=True))
             # The sum over tasks: each adapter's gradient is that of its own mean loss.
-            loss = binary_cross_entropy_with_logits(said, expected, reduction="none").mean(1).sum()
+            loss = cross_entropy(said.flatten(0, 1), expected.flatten()) * len(rules)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -59,7 +59,7 @@ class ResidualNetwork(nn.Module):
         self.blocks = nn.ModuleList([ResidualBlock(width, hidden) for _ in range(blocks)])
         self.norm = nn.LayerNorm(width)
         self.attributes = nn.Linear(width, attributes * values)
-        self.answer = nn.Linear(width, 1)
+        self.answer = nn.Linear(width, 2)
 
     def features(self, x: Tensor) -> Tensor:
         """What the readouts read: (…, width) to (…, width)."""
@@ -74,6 +74,6 @@ class ResidualNetwork(nn.Module):
         return logits.reshape(*x.shape[:-1], self.sizes["attributes"], self.sizes["values"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logit of yes: (…, width) to (…)."""
+        """Logits of no and yes: (…, width) to (…, 2)."""
         logits: Tensor = self.answer(self.features(x))
-        return logits[..., 0]
+        return logits
