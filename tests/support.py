@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from trainerkit.adapters import AdapterLayout, write_adapter
 from trainerkit.testing.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,6 +117,30 @@ def small_text(path: Path, words: int = 4000, seed: int = 5) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode())
     return text
+
+
+def small_library(folder: Path, adapters: int = 12, rank: int = 2, examples: int = 0, seed: int = 5) -> AdapterLayout:
+    """A library of adapters in `folder`, trained as it were from one A; two wordings for each, a third one unseen."""
+    layout = AdapterLayout([[f"blocks.{i}.{name}", 6, 6] for i in range(2) for name in ("up", "down")], rank, 0.5)
+    generator = torch.Generator().manual_seed(seed)
+    start = {key: torch.randn(shape, generator=generator) for key, shape in layout.shapes.items()}
+    lines = []
+    for number in range(adapters):
+        name = f"rule{number}"
+        factors = {
+            key: (start[key] if key[0] == "A" else 0) + 0.1 * torch.randn(shape, generator=generator)
+            for key, shape in layout.shapes.items()
+        }
+        write_adapter(folder / name, layout, factors)
+        if examples:
+            inputs = torch.randn(examples, 3, generator=generator)
+            save_file({"inputs": inputs, "targets": (inputs.sum(1) > 0).long()}, folder / name / "examples.safetensors")
+        thing = f"{('red', 'blue', 'green')[number % 3]} and {('round', 'square', 'long', 'short')[number // 3 % 4]}"
+        for text in (f"say yes to {thing} ones number {number}", f"is it {thing}, as {number} says?"):
+            lines += [{"adapter": name, "description": text}]
+        lines.append({"adapter": name, "description": f"only {thing} will do, {number}", "wording": "unseen"})
+    (folder / "descriptions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return layout
 
 
 def trainerkit(*arguments: str, cwd: Path, timeout: float = 180, env: dict[str, str] | None = None):

@@ -91,7 +91,7 @@ def map_adapter(folder: Path, key: str) -> Adapter:
     if not found:
         raise UserError(f"{key}={file}: holds no tensor; needed are ….lora_A.weight and ….lora_B.weight.")
     layers, factors = [], {}
-    for name in sorted(found, key=_natural):
+    for name in sorted(found, key=natural):
         a, b = _pair(found[name], rank, name, file, key)
         layers.append([name, a.shape[1], b.shape[0]])
         factors[name] = (a, b)
@@ -208,6 +208,6 @@ def _pair(sides: dict[str, Tensor], rank: int, name: str, file: Path, key: str) 
     return a, b
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts 'blocks.2.up' before 'blocks.10.down'."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+def natural(name: str) -> list[Any]:
+    """Sorts 'blocks.2.up' before 'blocks.10.down', and 'rule9' before 'rule10'."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]

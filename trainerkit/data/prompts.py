@@ -9,12 +9,13 @@ from trainerkit.errors import UserError
 from trainerkit.functional.padding import left_padded
 
 
-def read_prompts(path: str, field: str) -> list[str]:
+def read_prompts(path: str, field: str, key: str = "prompt_file") -> list[str]:
     """Prompts from a file, one a line.
 
     Args:
         path: of a text, where an empty line is an empty prompt; or of a .jsonl, where empty lines are left out.
         field: of a line of JSON that holds the prompt.
+        key: what named the file, for messages.
 
     Raises:
         UserError: for a file that cannot be read or is empty, or a line without the field.
@@ -24,11 +25,15 @@ def read_prompts(path: str, field: str) -> list[str]:
         # Not splitlines(), which also cuts at characters that stand within a line of JSON.
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt_file={path}: cannot be read ({error}).") from error
+        raise UserError(f"{key}={path}: cannot be read ({error}).") from error
     if file.suffix == ".jsonl":
-        lines = [_field_of(line, number, path, field) for number, line in enumerate(lines, start=1) if line.strip()]
+        lines = [
+            _field_of(line, f"{key}={path}: line {number}", field)
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
     if not any(lines):
-        raise UserError(f"prompt_file={path}: is empty; needed is a prompt a line.")
+        raise UserError(f"{key}={path}: is empty; needed is a text a line.")
     return lines
 
 
@@ -76,11 +81,11 @@ def check_prompts(prompt: str | None, prompt_file: str | None) -> None:
         raise ValueError(f"prompt_file={prompt_file}: give a prompt or a file of them, not both")
 
 
-def _field_of(line: str, number: int, path: str, field: str) -> str:
+def _field_of(line: str, place: str, field: str) -> str:
     try:
         prompt = json.loads(line)[field]
     except (ValueError, KeyError, TypeError, IndexError):
         prompt = None
     if not isinstance(prompt, str):
-        raise UserError(f"prompt_file={path}: line {number} is no object of JSON with text in the field {field!r}.")
+        raise UserError(f"{place} is no object of JSON with text in the field {field!r}.")
     return prompt

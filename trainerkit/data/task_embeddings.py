@@ -8,7 +8,7 @@ Shapes: N descriptions, E the numbers of an embedding.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@runtime_checkable
 class TaskEmbedding(Protocol):
     """What `data.embedding` must be able to do.
 
