@@ -40,6 +40,15 @@ NEEDS = {
     "data/text_stream": ["data.path=tokens", "data.context_length=32", "data.batch_size=8"],
     "data/pairs": ["data.path=pairs.jsonl", "data.batch_size=8"],
     "data/glyphs": ["data.cache_dir=cache"],
+    "data/rule_adapters": [
+        "data.cache_dir=cache",
+        "data.rules=60",
+        "data.val_rules=5",
+        "data.test_rules=5",
+        "data.steps=2",
+        "data.base_steps=2",
+        "data.batch_size=8",
+    ],
     "data/stdlib_pairs": ["data.batch_size=32"],
     "data/stdlib_text": ["data.vocab_size=300", "data.cache_dir=cache"],
 }
