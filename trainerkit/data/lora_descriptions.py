@@ -1,8 +1,9 @@
 """What is said about the adapters of a library: a file of descriptions, and which adapters train or are held out."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def read_descriptions(path: Path, key: str, names: Sequence[str], fractions: tup
         path: of the file.
         key: what named it, for messages.
         names: of the adapters, in the order of their numbers.
-        fractions: shares of validation and test; an adapter whose lines name no split is drawn by a hash of its name.
+        fractions: shares of validation and test; an adapter whose lines name no split is drawn by a hash of its name,
+            and a share that none of few adapters was drawn for gets one.
 
     Raises:
         UserError: for a file that cannot be read, and, with the line's number, for a line that is no such object, an
@@ -83,8 +85,7 @@ def read_descriptions(path: Path, key: str, names: Sequence[str], fractions: tup
         found.texts.append(row["description"])
         found.adapters.append(number)
         found.unseen.append(unseen)
-    for number, name in enumerate(names):
-        found.roles.append(SPLITS.index(splits[number]) if number in splits else draw_split(name.encode(), fractions))
+    found.roles.extend(_roles(names, splits, fractions))
     _check_all_described(found, f"{key}={path}", names)
     return found
 
@@ -124,6 +125,24 @@ def _checked(line: str, numbers: dict[str, int]) -> dict[str, Any]:
             f"names the adapter {row['adapter']!r}, and there is no folder of this name. {hint}".strip(" ?")
         )
     return row
+
+
+def _roles(names: Sequence[str], splits: Mapping[int, str], fractions: tuple[float, float]) -> list[int]:
+    """Of each adapter, given or drawn by its name; a share of few adapters that drew none gets one."""
+    drawn = {number: name for number, name in enumerate(names) if number not in splits}
+    roles = [
+        draw_split(drawn[number].encode(), fractions) if number in drawn else SPLITS.index(splits[number])
+        for number in range(len(names))
+    ]
+    for role, fraction in enumerate(fractions, start=1):
+        free = [number for number in drawn if roles[number] == 0]
+        if fraction > 0 and role not in roles and len(free) > 1:
+            roles[min(free, key=lambda number: _digest(drawn[number]))] = role
+    return roles
+
+
+def _digest(name: str) -> str:
+    return hashlib.md5(f"one at least {name}".encode(), usedforsecurity=False).hexdigest()
 
 
 def _check_all_described(found: Descriptions, where: str, names: Sequence[str]) -> None:
