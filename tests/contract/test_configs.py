@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.support import ROOT, small_text, smooth_spectra
+from tests.support import ROOT, small_library, small_text, smooth_spectra
 from trainerkit.build import build, check
 from trainerkit.cli import GROUPS
 from trainerkit.compose import choices, compose_config, config_loader
@@ -40,6 +40,7 @@ NEEDS = {
     "data/text_stream": ["data.path=tokens", "data.context_length=32", "data.batch_size=8"],
     "data/pairs": ["data.path=pairs.jsonl", "data.batch_size=8"],
     "data/glyphs": ["data.cache_dir=cache"],
+    "data/lora_library": ["data.path=adapters", "data.batch_size=8"],
     "data/rule_adapters": [
         "data.cache_dir=cache",
         "data.rules=60",
@@ -181,6 +182,8 @@ def test_data_keep_the_contract(path, tmp_path, monkeypatch):
     small_text(tmp_path / "text.txt")
     pairs = [json.dumps({"query": f"question {i}", "positive": f"answer {i}"}) for i in range(100)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(pairs))
+    if path.stem == "lora_library":
+        small_library(tmp_path / "adapters", 30)
     # Of the standard library a part: all of it takes seconds to tokenise.
     library = Path(sysconfig.get_path("stdlib"))
     for package in ("asyncio", "email", "json", "http"):

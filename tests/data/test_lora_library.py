@@ -236,10 +236,15 @@ def test_one_initial_a_is_told_from_many(library, tmp_path):
     assert LoraLibrary(str(library)).shares_initial_a() is True
     layout = AdapterLayout([["a", 64, 64], ["b", 64, 64]], rank=4)
     for number in range(20):
-        write_adapter(tmp_path / str(number), layout, {k: torch.randn(s) for k, s in layout.shapes.items()})
-    folders = AdapterFolders(tmp_path, "path")
+        write_adapter(tmp_path / "own" / str(number), layout, {k: torch.randn(s) for k, s in layout.shapes.items()})
+    folders = AdapterFolders(tmp_path / "own", "path")
     assert folders.shares_initial_a(torch.arange(20)) is False
     assert folders.shares_initial_a(torch.arange(1)) is None
+    tiny = AdapterLayout([["a", 2, 2]], rank=1)
+    for number in range(40):  # of two A's with two numbers each nothing can be told
+        write_adapter(tmp_path / "tiny" / str(number), tiny, {k: torch.randn(s) for k, s in tiny.shapes.items()})
+    small = AdapterFolders(tmp_path / "tiny", "path")
+    assert not any(small.shares_initial_a(torch.tensor([row, row + 1])) for row in range(39))
     unit = torch.nn.functional.normalize(
         torch.cat([folders.factors(torch.arange(20))[f"A/{n}"].flatten(1) for n in "ab"], 1).double(), dim=1
     )
