@@ -10,7 +10,7 @@ it names *was defined* in a package that is trusted, wherever it was reached fro
 - installed plugins, and packages named by `allow=` on the command line or in `TRAINERKIT_ALLOW`: classes and
   functions;
 - trainerkit itself, torch, lightning, torchmetrics: only classes of the kinds that configs are for (modules,
-  optimizers, callbacks, …) and trainerkit's schedules, because these packages also hold functions that read pickles,
+  optimizers, callbacks, `Part`, …) and trainerkit's schedules, because these packages also hold functions that read pickles,
   import modules and start processes.
 """
 
@@ -46,6 +46,7 @@ _KINDS = (
     "lightning.pytorch.profilers.Profiler",
     "lightning.pytorch.strategies.Strategy",
     "lightning.pytorch.plugins.Precision",
+    "trainerkit.part.Part",
 )
 _SCHEDULES = (
     "trainerkit.optim.warmup_cosine",

@@ -1,7 +1,6 @@
 """The life of a run: config to objects, then fit, validate, test or predict; the only reader of configs."""
 
 import logging
-import math
 import os
 import re
 import shlex
@@ -46,6 +45,7 @@ from trainerkit.trainer import Trainer
 
 _Kind = TypeVar("_Kind")
 STAGES = ("fit", "validate", "test", "predict")
+_WIDEST = 8  # metrics beside each other on the screen; more stand below each other
 # What a run reads, so that `~key` cannot take it away.
 _NEEDED = ("stage", "resume", "trust", "seed", "out_dir", "data", "optimizer", "task", "trainer")
 
@@ -378,18 +378,26 @@ def _print_start(cfg: DictConfig, out_dir: Path, checkpoint: str | None, trainer
 
 
 def _print_metrics(metrics: dict[str, float]) -> None:
-    """A line each; of metrics of several sets, `stage/set/what`, a table with a line a set."""
+    """A line each; of metrics of several sets, `stage/set/what`, a table for the sets that have the same."""
     plain = {name: value for name, value in metrics.items() if name.count("/") != 2}
     width = max(map(len, plain), default=0)
     print("\nResults")
     for name, value in sorted(plain.items()):
         print(f"  {name:<{width}}  {value:.5g}")
-    places = {name: name.rpartition("/")[::2] for name in metrics if name not in plain}
-    sets, columns = (sorted({place[part] for place in places.values()}, key=_by_number) for part in (0, 1))
-    rows = [["", *columns]]
-    rows += [[name, *(f"{metrics.get(f'{name}/{what}', math.nan):.5g}" for what in columns)] for name in sets]
+    of_set: dict[str, list[str]] = {}
+    for name in metrics.keys() - plain.keys():
+        of_set.setdefault(name.rpartition("/")[0], []).append(name.rpartition("/")[2])
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in sorted(of_set, key=_by_number):
+        alike.setdefault(tuple(sorted(of_set[name], key=_by_number)), []).append(name)
+    for columns, sets in alike.items():
+        table = [["", *columns], *([name, *(f"{metrics[f'{name}/{what}']:.5g}" for what in columns)] for name in sets)]
+        _print_table(table if len(columns) <= _WIDEST else [list(row) for row in zip(*table, strict=True)])
+
+
+def _print_table(rows: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows if sets else ():
+    for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         print(f"  {row[0]:<{widths[0]}}  {'  '.join(cells)}")
 

@@ -1,7 +1,7 @@
 """A hypernetwork that writes LoRA adapters from descriptions of their tasks: `python -m trainerkit task=t2l`."""
 
 from trainerkit.tasks.t2l.frozen_base import FrozenBase
-from trainerkit.tasks.t2l.layer_weights import layer_weights
+from trainerkit.tasks.t2l.layer_weights import LayerWeighting, layer_weights
 from trainerkit.tasks.t2l.losses import LossParts, ReconstructionLoss
 from trainerkit.tasks.t2l.metrics import adapter_metrics
 from trainerkit.tasks.t2l.network import HyperNetwork
@@ -11,6 +11,6 @@ from trainerkit.tasks.t2l.task import TextToLoraTask
 from trainerkit.tasks.t2l.written_adapters import WriteAdapters
 
 __all__ = [
-    "AdapterReport", "FrozenBase", "HyperNetwork", "LossParts", "Progressive", "ReconstructionLoss", "TextToLoraTask",
-    "WriteAdapters", "adapter_metrics", "layer_weights",
+    "AdapterReport", "FrozenBase", "HyperNetwork", "LayerWeighting", "LossParts", "Progressive", "ReconstructionLoss",
+    "TextToLoraTask", "WriteAdapters", "adapter_metrics", "layer_weights",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainerkit.adapter_layout import AdapterLayout
 from trainerkit.errors import did_you_mean
+from trainerkit.part import Part
 
 Weighting = Literal["uniform", "by_parameter_count", "by_depth", "custom"]
 _KINDS = ("uniform", "by_parameter_count", "by_depth", "custom")
@@ -42,13 +43,7 @@ def layer_weights(
         ValueError: for a choice or number that is not allowed, a pattern that matches no layer, or weights that are
             all 0.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind={kind}: must be one of {', '.join(_KINDS)}")
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay={decay}: must be above 0 up to 1")
-    if bool(custom) != (kind == "custom"):
-        problem = "needs patterns and weights" if kind == "custom" else "is for kind=custom alone"
-        raise ValueError(f"custom={custom}: {problem}, kind={kind}")
+    _check(kind, decay, custom)
     if kind == "by_parameter_count":
         weights = [float(t.in_features + t.out_features) for t in layout.types for _ in t.names]
     elif kind == "by_depth":
@@ -61,6 +56,26 @@ def layer_weights(
     if not mean > 0:
         raise ValueError(f"custom={dict(custom or {})}: at least one layer must have a weight above 0")
     return torch.tensor([weight / mean for weight in weights])
+
+
+class LayerWeighting(Part):
+    """Makes the weights of the layers once the layout is known: `layer_weights` with these arguments.
+
+    Raises:
+        ValueError: as `layer_weights`; for a pattern that matches no layer, when called.
+    """
+
+    def __init__(
+        self, kind: Weighting = "uniform", decay: float = 0.9, custom: Mapping[str, float] | None = None
+    ) -> None:
+        _check(kind, decay, custom)
+        self.kind: Weighting = kind
+        self.decay = decay
+        self.custom = custom
+
+    def __call__(self, layout: AdapterLayout) -> Tensor:
+        """Weights of the layers, with mean 1, (L,) float32."""
+        return layer_weights(layout, self.kind, self.decay, self.custom)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -85,6 +100,16 @@ def check_patterns(key: str, patterns: Iterable[str], names: Sequence[str]) -> N
             endings = dict.fromkeys(".".join(part[-count:]) for part in parts for count in range(1, len(part) + 1))
             hint = did_you_mean(pattern, endings) or f"The layers are {', '.join(names[:4])}{', …' * (len(names) > 4)}"
             raise ValueError(f"{key}={pattern}: matches none of the {len(names)} adapted layers. {hint}")
+
+
+def _check(kind: str, decay: float, custom: Mapping[str, float] | None) -> None:
+    if kind not in _KINDS:
+        raise ValueError(f"kind={kind}: must be one of {', '.join(_KINDS)}")
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay={decay}: must be above 0 up to 1")
+    if bool(custom) != (kind == "custom"):
+        problem = "needs patterns and weights" if kind == "custom" else "is for kind=custom alone"
+        raise ValueError(f"custom={custom}: {problem}, kind={kind}")
 
 
 def _custom(names: Sequence[str], custom: Mapping[str, float]) -> list[float]:

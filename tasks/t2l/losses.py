@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainerkit.adapter_layout import AdapterLayout, Factors
+from trainerkit.part import Part
 from trainerkit.tasks.t2l.delta_w import cosine, dot, inner, pointwise_difference, squared_difference
 from trainerkit.tasks.t2l.regularizers import consistency, sparsity
 
@@ -101,7 +102,7 @@ class LossParts(NamedTuple):
     sparsity: Tensor
 
 
-class ReconstructionLoss:
+class ReconstructionLoss(Part):
     """L = Σ_l w_l·ℓ_l + λ_c·C + λ_s·S, see above.
 
     Args:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainerkit.adapter_layout import AdapterLayout
+from trainerkit.part import Part
 from trainerkit.tasks.t2l.layer_weights import check_patterns, matches
 
 Order = Literal["type", "depth"]
@@ -52,7 +53,7 @@ def ramp(step: int, start: int | None, warmup_steps: int) -> float:
     return 1.0 if warmup_steps == 0 else min(1.0, (step - start) / warmup_steps)
 
 
-class Progressive:
+class Progressive(Part):
     """Which layers count how much, at each step; see above.
 
     A task calls `bind` once, `begin_epoch` when an epoch begins, and asks for `shares` in each step.

@@ -95,7 +95,7 @@ class AdapterReport(Callback):
 def _baselines(judge: Judge, task: TextToLoraTask, rows: Judged) -> dict[str, float]:
     index: Tensor = rows["index"]
     train = judge.described("train", "known")
-    other = _others(index)
+    other = other_tasks(index)
     found = {
         "trained": _accuracy(judge, judge.factors(index), index),
         "nearest": _accuracy(judge, judge.factors(train["index"][nearest(rows["task"], train["task"])]), index),
@@ -114,13 +114,18 @@ def nearest(queries: Tensor, candidates: Tensor) -> Tensor:
     return (queries @ candidates.T).argmax(1)
 
 
-def _others(index: Tensor) -> Tensor | None:
-    """For each row one of another task, (N,): the first row of the next task; None if there is one task alone."""
+def other_tasks(index: Tensor) -> Tensor | None:
+    """For each row (N,) the first row of another task, (N,), each task's the same each time; None for one task alone.
+
+    The tasks stand in a circle by a fixed draw, since neighbours in the library are alike, and each takes the next.
+    """
     tasks, member = index.unique(return_inverse=True)
     if len(tasks) == 1:
         return None
+    circle = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(0))
+    following = torch.empty_like(circle).index_copy_(0, circle, circle.roll(-1))
     first = torch.full((len(tasks),), len(index)).scatter_reduce_(0, member, torch.arange(len(index)), "amin")
-    return first[(member + 1) % len(tasks)]
+    return first[following[member]]
 
 
 def _written(task: TextToLoraTask, rows: Judged) -> Factors:

@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from trainerkit.adapter_layout import AdapterLayout, Factors
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
 from trainerkit.tasks.t2l.frozen_base import FrozenBase
-from trainerkit.tasks.t2l.layer_weights import layer_weights
+from trainerkit.tasks.t2l.layer_weights import LayerWeighting
 from trainerkit.tasks.t2l.losses import ReconstructionLoss
 from trainerkit.tasks.t2l.metrics import adapter_metrics
 from trainerkit.tasks.t2l.network import HyperNetwork
@@ -54,8 +54,8 @@ class TextToLoraTask(Task):
     give these.
 
     Logged: `train/loss`, `val/loss`, `test/loss`, their parts `…/consistency` and `…/sparsity`, and the loss of each
-    layer, `…/LAYER/loss`; of validation and test also what `adapter_metrics` measures, such as `val/delta_w_cosine`.
-    Of several test loaders the names have that of the set in them, `test/unseen/loss`. The loss of validation and test
+    layer in training and validation, `val/LAYER/loss`; of validation and test also what `adapter_metrics` measures, such
+    as `val/delta_w_cosine`. Of several test loaders the names have that of the set in them, `test/unseen/loss`. The loss of validation and test
     counts every layer, whatever has been added so far.
 
     Predicted, for each row: `index`, and the factors.
@@ -65,7 +65,7 @@ class TextToLoraTask(Task):
         mode: 'reconstruction' compares with the library's adapters, 'sft' asks the base model on examples.
         loss: makes the loss of reconstruction from the layout, a class or a partial of one; None for
             `ReconstructionLoss`.
-        layer_weighting: makes the weights (L,) of the layers from the layout; None for `layer_weights`, all 1.
+        layer_weighting: what each layer counts for in it; None for all the same.
         progressive: begin with some layers and add the others; None for all from the start.
         base: of `mode='sft'`: any module with the adapted layers; None for the data's own.
         base_loss: of `mode='sft'`: from the base model's answers (B·S, …) and the targets (B·S, …), their mean.
@@ -87,7 +87,7 @@ class TextToLoraTask(Task):
         network: HyperNetwork,
         mode: Mode = "reconstruction",
         loss: Callable[..., ReconstructionLoss] | None = None,
-        layer_weighting: Callable[..., Tensor] | None = None,
+        layer_weighting: LayerWeighting | None = None,
         progressive: Progressive | None = None,
         base: nn.Module | None = None,
         base_loss: nn.Module | None = None,
@@ -108,7 +108,7 @@ class TextToLoraTask(Task):
         self.progressive = progressive
         self.base_loss = nn.CrossEntropyLoss() if base_loss is None else base_loss
         self.reconstruction = _under("loss", lambda: (loss or ReconstructionLoss)(self.layout))
-        weights = _under("layer_weighting", lambda: (layer_weighting or layer_weights)(self.layout))
+        weights = _under("layer_weighting", lambda: (layer_weighting or LayerWeighting())(self.layout))
         self.register_buffer("layer_weights", weights, persistent=False)
         if progressive is not None:
             _under("progressive", lambda: progressive.bind(self.layout))
@@ -196,7 +196,8 @@ class TextToLoraTask(Task):
             self.track(f"{stage}/consistency", parts.consistency, weight=rows)
             self.track(f"{stage}/sparsity", parts.sparsity, weight=rows)
             for name, value in zip(self.layout.names, parts.layers.unbind(), strict=True):
-                self.track(f"{stage}/{name}/loss", value, weight=rows)
+                if stage in ("train", "val"):  # a test may have several sets
+                    self.track(f"{stage}/{name}/loss", value, weight=rows)
         self.track(f"{stage}/loss", loss, weight=rows)
         return loss
 

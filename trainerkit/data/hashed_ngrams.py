@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from trainerkit.data.hashed_words import HashedWords
+from trainerkit.part import Part
 
 
-class HashedNgrams:
+class HashedNgrams(Part):
     """Words and sequences of words, each hashed to a place and a sign; the vector has length 1.
 
     A text that has nothing of the training descriptions is all zeros. Also: an n-gram that came in no training

@@ -20,6 +20,7 @@ from trainerkit.data.hashed_ngrams import HashedNgrams
 from trainerkit.errors import UserError, first_lines
 from trainerkit.extras import require
 from trainerkit.loading import read_safetensors
+from trainerkit.part import Part
 
 __all__ = [
     "HashedNgrams", "OneHot", "PrecomputedEmbeddings", "SentenceEmbeddings", "TaskEmbedding", "checked",
@@ -46,7 +47,7 @@ class TaskEmbedding(Protocol):
         """(N, E) float32."""
 
 
-class SentenceEmbeddings:
+class SentenceEmbeddings(Part):
     """What a model of `sentence-transformers` gives (extra `pretrained`); none of its folder's code is run.
 
     Args:
@@ -101,7 +102,7 @@ class SentenceEmbeddings:
         return self._model
 
 
-class PrecomputedEmbeddings:
+class PrecomputedEmbeddings(Part):
     """Vectors from a file, one for each line of descriptions.jsonl, in its order (blank lines are not counted).
 
     Args:
@@ -156,7 +157,7 @@ class PrecomputedEmbeddings:
         return self._rows[[self._known[text] for text in texts]]
 
 
-class OneHot:
+class OneHot(Part):
     """A number for each adapter, whatever its descriptions say: what can be memorised, and nothing of another task."""
 
     def __init__(self) -> None:
