@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from omegaconf import OmegaConf
 
-from tests.support import ROOT, small_text, smooth_spectra
+from tests.support import ROOT, small_library, small_text, smooth_spectra
 from trainerkit.compose import compose_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -55,7 +55,8 @@ def environment():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with what the pages speak of: tables of 200 bands, with and without labels, a text, and pairs.
+    """A folder with what the pages speak of: tables of 200 bands, with and without labels, a text, pairs, and
+    adapters.
 
     Of the standard library two packages: all of it takes seconds to tokenise.
     """
@@ -77,6 +78,8 @@ def folder(tmp_path, monkeypatch):
     pairs = [{"query": f"question {i}", "positive": f"answer {i}"} for i in range(100)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
+    small_library(tmp_path / "adapters")
+    (tmp_path / "descriptions.txt").write_text("say yes to red ones\nis it blue and long?\n")
     return tmp_path
 
 
