@@ -33,6 +33,9 @@ from trainerkit.fsdp import is_cut
 from trainerkit.functional.random import random_state, set_random_state
 from trainerkit.tasks.retrieval.trees import concatenated, entries, number_of_rows, part
 
+_FEW = 8  # chunks: with more, a kept graph saves little time, and the loss needs its memory
+_SMALL = 2**18  # numbers of a parameter whose gradient may wait until a chunk's others are there
+
 
 class GradientCache:
     """Calls encoders chunk by chunk; see `encode_in_chunks`.
@@ -124,13 +127,20 @@ class _Chunks:
             for start in range(0, max(1, number), chunk_size)
         ]
         self.structures: list[Any] = [None] * len(batches)
+        self.kept: list[Any] | None = None  # the leaves of the last chunk with their graph
 
-    def joined(self, checkpointed: bool = False) -> list[Any]:
-        """The leaves of the encoder's outputs, of all rows, batch after batch."""
+    def joined(self, checkpointed: bool = False, keep_last: bool = False) -> list[Any]:
+        """The leaves of the encoder's outputs, of all rows, batch after batch; those of the last chunk in `kept`."""
         chunks: list[list[list[Any]]] = [[] for _ in self.batches]
         run = partial(checkpoint, self.leaves, use_reentrant=False) if checkpointed else self.leaves
-        for batch, rows in self.slices:
+        for batch, rows in self.slices[:-1] if keep_last else self.slices:
             chunks[batch].append(run(batch, rows))
+        if keep_last:
+            # Where autocast keeps weights that it cast without a graph, they would be taken where one is needed.
+            torch.clear_autocast_cache()
+            with torch.enable_grad():
+                self.kept = self.leaves(*self.slices[-1])
+            chunks[self.slices[-1][0]].append(self.kept)
         return [
             None if pieces[0] is None else concatenated(pieces)
             for of_batch in chunks
@@ -161,7 +171,7 @@ class _TwoPasses(torch.autograd.Function):
         ctx.chunks, ctx.parameters = chunks, parameters
         ctx.surroundings = _Surroundings(chunks)
         ctx.set_materialize_grads(False)
-        leaves = chunks.joined()
+        leaves = chunks.joined(keep_last=len(chunks.slices) <= _FEW)
         # Before torch 2.10, weights that were cast without a graph would be taken where a graph is needed.
         torch.clear_autocast_cache()
         return tuple(leaves)
@@ -169,52 +179,74 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        with ctx.surroundings.restored(), _summed(ctx.parameters) as sums:
-            for batch, rows in ctx.chunks.slices:
+        chunks, slices = ctx.chunks, list(ctx.chunks.slices)
+        with ctx.surroundings.kept(), _Sums(ctx.parameters) as sums:
+            if chunks.kept is not None:
+                batch, rows = slices.pop()
+                leaves, chunks.kept = chunks.kept, None  # a graph that is kept is gone back through once
+                sums.add_from(leaves, gradients[chunks.places(batch)], rows)
+                del leaves
+            ctx.surroundings.restore()
+            for batch, rows in slices:
                 with ctx.surroundings.autocast(), torch.enable_grad():
-                    leaves = ctx.chunks.leaves(batch, rows)
-                _backward(leaves, ctx.parameters, gradients[ctx.chunks.places(batch)], rows)
-        pairs = zip(sums, ctx.parameters, strict=True)
+                    leaves = chunks.leaves(batch, rows)
+                sums.add_from(leaves, gradients[chunks.places(batch)], rows)
+        pairs = zip(sums.totals, ctx.parameters, strict=True)
         return None, *(None if total is None else total.to(parameter.dtype) for total, parameter in pairs)
 
 
-def _backward(
-    leaves: Sequence[Any], parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], rows: slice
-) -> None:
-    """Hand the parameters' hooks what a chunk adds to their gradients; its leaves' are these rows of `gradients`."""
-    reached = [
-        (leaf, gradient[(rows, *map(slice, leaf.shape[1:]))])
-        for leaf, gradient in zip(leaves, gradients, strict=True)
-        if gradient is not None and leaf.requires_grad
-    ]
-    if reached:
+class _Sums:
+    """Sums over chunks of the gradients of parameters; None for parameters that are not reached.
+
+    A large parameter's is added by a hook as it arrives, and let go: those of a chunk together are as large as the
+    sums. The small ones' are added in one call, for each hook costs ten microseconds. The parameters' own hooks are not
+    called inside `with`: they are for the sums, which go through them afterwards.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.totals: list[Tensor | None] = [None] * len(parameters)
+        self._parameters = parameters
+        self._small = [place for place, parameter in enumerate(parameters) if parameter.numel() <= _SMALL]
+        self._hooks = [parameter._backward_hooks for parameter in parameters]
+
+    def __enter__(self) -> "_Sums":
+        small = set(self._small)
+        for place, parameter in enumerate(self._parameters):
+            parameter._backward_hooks = None
+            if place not in small:
+                parameter.register_hook(partial(self._taken, place))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for parameter, before in zip(self._parameters, self._hooks, strict=True):
+            parameter._backward_hooks = before
+
+    def add_from(self, leaves: Sequence[Any], gradients: Sequence[Tensor | None], rows: slice) -> None:
+        """Add what a chunk gives, whose leaves' gradients are these rows of `gradients`."""
+        reached = [
+            (leaf, gradient[(rows, *map(slice, leaf.shape[1:]))])
+            for leaf, gradient in zip(leaves, gradients, strict=True)
+            if gradient is not None and leaf.requires_grad
+        ]
+        if not reached:
+            return
         outputs, cached = zip(*reached, strict=True)
         # Not backward(), which would hand each chunk's to what waits for the sum: .grad, and reductions over processes.
-        torch.autograd.grad(outputs, parameters, cached, allow_unused=True)
+        found = torch.autograd.grad(outputs, self._parameters, cached, allow_unused=True)
+        totals, more = [], []
+        for place in self._small:
+            total, gradient = self.totals[place], found[place]
+            if total is not None and gradient is not None:
+                totals.append(total)
+                more.append(gradient)
+            elif gradient is not None:
+                self.totals[place] = _added(None, gradient)
+        if totals:
+            torch._foreach_add_(totals, more)
 
-
-@contextmanager
-def _summed(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
-    """The sums of the gradients that `torch.autograd.grad` takes meanwhile; None for parameters that are not reached.
-
-    Each is added as it arrives and let go, for those of a chunk together are as large as the sums. The parameters' own
-    hooks are not called: they are for the sums, which go through them afterwards.
-    """
-    sums: list[Tensor | None] = [None] * len(parameters)
-
-    def add(place: int, gradient: Tensor) -> Tensor:
-        sums[place] = _added(sums[place], gradient)
+    def _taken(self, place: int, gradient: Tensor) -> Tensor:
+        self.totals[place] = _added(self.totals[place], gradient)
         return gradient.new_zeros(()).expand_as(gradient)  # takes the gradient's place and no memory
-
-    hooks = [parameter._backward_hooks for parameter in parameters]
-    try:
-        for place, parameter in enumerate(parameters):
-            parameter._backward_hooks = None
-            parameter.register_hook(partial(add, place))
-        yield sums
-    finally:
-        for parameter, before in zip(parameters, hooks, strict=True):
-            parameter._backward_hooks = before
 
 
 def _added(total: Tensor | None, gradient: Tensor) -> Tensor:
@@ -247,21 +279,24 @@ class _Surroundings:
         ]
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Random state and buffers as they were then; afterwards as they are now."""
+    def kept(self) -> Iterator[None]:
+        """Afterwards random state and buffers are as they are now."""
         inputs, parameters = self._versions
         if _versions(self._inputs) != inputs:
             raise RuntimeError("inputs: were written to after they were given to the gradient cache")
         if _versions(self._parameters) != parameters:
             raise RuntimeError("parameters: were written to between the forward and the backward pass")
         random_now, buffers_now = random_state(), _copied_buffers(self._encoder)
-        set_random_state(self._random)
-        _set_buffers(self._encoder, self._buffers)
         try:
             yield
         finally:
             set_random_state(random_now)
             _set_buffers(self._encoder, buffers_now)
+
+    def restore(self) -> None:
+        """Random state and buffers as they were then."""
+        set_random_state(self._random)
+        _set_buffers(self._encoder, self._buffers)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

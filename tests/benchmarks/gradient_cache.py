@@ -1,4 +1,4 @@
-"""Memory and time of the gradient cache against the batch: `python -m tests.benchmarks.gradient_cache`.
+"""Memory and time of the gradient cache against the batch: `python -m tests.benchmarks.gradient_cache [BATCH …]`.
 
 Forward and backward of an encoder of two Transformer layers (16 tokens, width 64) over queries and documents, and InfoNCE
 between them, chunks of 32 rows, float32, one thread:
@@ -10,15 +10,17 @@ between them, chunks of 32 rows, float32, one thread:
 - cache: `GradientCache`;
 - sentence-transformers: CachedMultipleNegativesRankingLoss with the same encoder, where it is installed.
 
-Memory is what tensors hold at the worst moment beyond batch and parameters (`cross_entropy.PeakBytes`); seconds are those of
-the processor, the contenders turn by turn. The table of similarities is taken in 32 rows at a time, as sentence-transformers
+Memory is what tensors hold at the worst moment beyond batch and parameters (`cross_entropy.PeakBytes`). Seconds are those of
+the processor. The contenders run in rounds, in another order each, and a time is compared with that of `chunks` in its own
+round: the median of these ratios, and between which two half of the rounds are. The table of similarities is taken in 32 rows at a time, as sentence-transformers
 does, so that it is the embeddings that grow: what a pair adds is the slope between the two largest batches.
 """
 
+import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,8 @@ from trainerkit.tasks.retrieval.gradient_cache import GradientCache
 
 CHUNK, TOKENS, WIDTH, VOCABULARY, TEMPERATURE = 32, 16, 64, 1000, 0.05
 BATCHES = (64, 256, 1024, 4096, 8192)
+ROWS_A_CONTENDER, LEAST_ROUNDS = 8192, 5  # rounds of a batch: as many as make so many pairs, and not fewer
+PEER = "sentence-transformers"
 LARGEST_WHOLE = 1024  # above, all activations together take gigabytes and the machine's patience
 # On a CPU, drawing masks takes as long as the rest of a forward pass, and nothing in the backward pass.
 DROPOUT = 0.0
@@ -74,7 +78,7 @@ def contenders(encoder: Encoder) -> dict[str, Step]:
         "cache": lambda queries, documents: info_nce(*cache(encoder, queries, documents)),
     }
     other = sentence_transformers(encoder)
-    return found if other is None else found | {"sentence-transformers": other}
+    return found if other is None else found | {PEER: other}
 
 
 def sentence_transformers(encoder: Encoder) -> Step | None:
@@ -102,8 +106,8 @@ def sentence_transformers(encoder: Encoder) -> Step | None:
     return step
 
 
-def measure(steps: dict[str, Step], encoder: Encoder, batch: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Bytes and seconds of each, in turns."""
+def measure(steps: dict[str, Step], encoder: Encoder, batch: int, rounds: int) -> dict[str, tuple[float, list[float]]]:
+    """Bytes of each, and the seconds of each in each round."""
     queries, documents = torch.randint(VOCABULARY, (2, batch, TOKENS))
     losses, peaks = {}, {}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -120,32 +124,48 @@ def measure(steps: dict[str, Step], encoder: Encoder, batch: int, rounds: int) -
             losses[name] = run(step)
         peaks[name] = memory.peak
     assert max(losses.values()) - min(losses.values()) < 1e-3, losses
+    shuffled, names = random.Random(0), list(steps)
     for _ in range(rounds):
-        for name, step in steps.items():
+        for name in shuffled.sample(names, len(names)):  # none is always the one after another's garbage
             start = time.process_time()
-            run(step)
+            run(steps[name])
             seconds[name].append(time.process_time() - start)
-    return {name: (peaks[name], statistics.median(seconds[name])) for name in steps}
+    return {name: (peaks[name], seconds[name]) for name in steps}
 
 
-def main(largest: int = BATCHES[-1], rounds: int = 3) -> None:
-    """Print the curves, up to batches of `largest`."""
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """What a quarter is below, half, and three quarters."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def compared(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The median of the rounds' ratios, and between which two half of them are."""
+    low, middle, high = quartiles([one / other for one, other in zip(ours, theirs, strict=True)])
+    return f"{middle:6.2f} ({low:.2f} to {high:.2f})"
+
+
+def main(batches: Sequence[int] = BATCHES) -> None:
+    """Print the curves."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     encoder = Encoder()
     steps = contenders(encoder)
-    if "sentence-transformers" not in steps:
-        print("sentence-transformers is not installed: its cached loss is left out")
+    if PEER not in steps:
+        print(f"{PEER} is not installed: its cached loss is left out")
     print(f"\nForward and backward over pairs, chunks of {CHUNK}, embeddings of {4 * WIDTH} bytes")
-    print(f"  {'batch':>6}  {'':<22} {'MiB':>8} {'to chunks':>10} {'seconds':>9} {'to chunks':>10}")
-    found: dict[int, dict[str, tuple[float, float]]] = {}
-    for batch in [batch for batch in BATCHES if batch <= largest]:
+    found: dict[int, dict[str, tuple[float, list[float]]]] = {}
+    for batch in batches:
         able = {name: step for name, step in steps.items() if name != "whole" or batch <= LARGEST_WHOLE}
-        found[batch] = measure(able, encoder, batch, rounds if batch <= LARGEST_WHOLE else 1)
+        rounds = max(LEAST_ROUNDS, ROWS_A_CONTENDER // batch)
+        print(f"  batch {batch:,}, {rounds} rounds{'':<13} {'MiB':>8} {'to chunks':>10} {'seconds':>9}   to chunks")
+        found[batch] = measure(able, encoder, batch, rounds)
         bytes_, seconds = found[batch]["chunks"]
         for name, (peak, took) in found[batch].items():
-            ratios = f"{peak / bytes_:10.3f} {took:9.3f} {took / seconds:10.2f}"
-            print(f"  {batch:>6,}  {name:<22} {peak / 2**20:8.1f} {ratios}", flush=True)
+            memory = f"{peak / 2**20:8.1f} {peak / bytes_:10.3f}"
+            print(f"    {name:<32} {memory} {statistics.median(took):9.3f} {compared(took, seconds)}", flush=True)
+        if PEER in found[batch]:
+            print(f"    {'cache to ' + PEER:<32} {'':29}{compared(found[batch]['cache'][1], found[batch][PEER][1])}")
     if len(found) > 1:
         small, large = sorted(found)[-2:]
         for name in (name for name in steps if name != "whole"):
@@ -154,4 +174,4 @@ def main(largest: int = BATCHES[-1], rounds: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main([int(batch) for batch in sys.argv[1:]] or BATCHES)
