@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -377,6 +378,30 @@ def test_files_of_descriptions_that_cannot_be_used_are_refused(library, tmp_path
             LoraLibrary(str(library), description_file=str(file)).setup("predict")
     with pytest.raises(UserError, match=r"description_file=.*nowhere.txt: cannot be read"):
         LoraLibrary(str(library), description_file=str(tmp_path / "nowhere.txt")).setup("predict")
+
+
+def test_processes_share_the_adapters_and_need_a_description_each(library):
+    def of(rank, **options):
+        data = LoraLibrary(str(library), **options)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        data.setup("fit")
+        return data
+
+    alone = LoraLibrary(str(library), batch_size=8)
+    alone.setup("fit")
+    for loader in ("train_dataloader", "predict_dataloader"):
+        whole = list(getattr(alone, loader)())
+        parts = [list(getattr(of(rank, batch_size=4), loader)()) for rank in range(2)]
+        for place, batch in enumerate(whole[:-1]):  # the last one may have one more, for an equal number
+            both = {key: torch.cat([part[place][key] for part in parts]) for key in batch}
+            ours, theirs = both["index"].argsort(), batch["index"].argsort()
+            assert equal({k: v[ours] for k, v in both.items()}, {k: v[theirs] for k, v in batch.items()})
+        rows = [
+            {row for batch in batches for row in batch["index"].tolist()} for batches in (whole, [*parts[0], *parts[1]])
+        ]
+        assert rows[0] == rows[1]
+    with pytest.raises(UserError, match="description: each of 2 processes needs one, and there are 1"):
+        of(0, description="is it red?").predict_dataloader()
 
 
 class Asked(LightningModule):
