@@ -10,8 +10,8 @@ it names *was defined* in a package that is trusted, wherever it was reached fro
 - installed plugins, and packages named by `allow=` on the command line or in `TRAINERKIT_ALLOW`: classes and
   functions;
 - trainerkit itself, torch, lightning, torchmetrics: only classes of the kinds that configs are for (modules,
-  optimizers, callbacks, `Part`, …) and trainerkit's schedules, because these packages also hold functions that read pickles,
-  import modules and start processes.
+  optimizers, callbacks, `trainerkit.part.Part`, …) and trainerkit's schedules, because these packages also hold
+  functions that read pickles, import modules and start processes.
 """
 
 import importlib

@@ -54,9 +54,9 @@ class TextToLoraTask(Task):
     give these.
 
     Logged: `train/loss`, `val/loss`, `test/loss`, their parts `…/consistency` and `…/sparsity`, and the loss of each
-    layer in training and validation, `val/LAYER/loss`; of validation and test also what `adapter_metrics` measures, such
-    as `val/delta_w_cosine`. Of several test loaders the names have that of the set in them, `test/unseen/loss`. The loss of validation and test
-    counts every layer, whatever has been added so far.
+    layer in training and validation, `val/LAYER/loss`; of validation and test also what `adapter_metrics` measures,
+    such as `val/delta_w_cosine`. Of several test loaders the names have that of the set in them, `test/unseen/loss`.
+    The loss of validation and test counts every layer, whatever has been added so far.
 
     Predicted, for each row: `index`, and the factors.
 
@@ -203,7 +203,7 @@ class TextToLoraTask(Task):
 
     def _base_loss_of(self, factors: Factors, batch: Mapping[str, Tensor]) -> Tensor:
         if self._base is None or "inputs" not in batch:
-            raise ValueError("mode=sft: needs examples of each task, `inputs` and `targets`, and these data have none")
+            raise ValueError("mode=sft: needs examples of each task: give data.examples_per_task=32, or another number")
         answers = self._base(factors, batch["inputs"])
         loss: Tensor = self.base_loss(answers.flatten(0, 1), batch["targets"].flatten(0, 1))
         return loss
