@@ -19,7 +19,7 @@ LayerFactors = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class ModuleType:
-    """All layers whose names differ in numbers alone; they have one shape.
+    """All layers of one shape whose names differ in numbers alone.
 
     Args:
         label: short name, different for each type, as 'q_proj'.
@@ -49,8 +49,7 @@ class AdapterLayout:
         scaling: what B·A is multiplied with.
 
     Raises:
-        ValueError: for no layers, a name twice, layers that differ in numbers alone but not in shape, or impossible
-            numbers.
+        ValueError: for no layers, a name twice, or impossible numbers.
     """
 
     def __init__(self, layers: Sequence[Sequence[Any]], rank: int, scaling: float = 1.0) -> None:
@@ -122,21 +121,22 @@ def _checked(layer: Sequence[Any]) -> tuple[str, int, int]:
 def _types(layers: Sequence[tuple[str, int, int]]) -> tuple[ModuleType, ...]:
     """The types in the order in which they first occur."""
     depth_of = {numbers: depth for depth, numbers in enumerate(sorted({_numbers(name) for name, _, _ in layers}))}
-    groups: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, *sizes in layers:
-        group = groups.setdefault(_pattern(name), {})
-        if name in group:
+    groups: dict[str, dict[tuple[int, int], list[str]]] = {}  # by pattern and shape
+    known: set[str] = set()
+    for name, width_in, width_out in layers:
+        if name in known:
             raise ValueError(f"layers={name}: is named twice")
-        first, shape = next(iter(group.items()), (name, tuple(sizes)))
-        if shape != tuple(sizes):
-            problem = f"{first} has in_features, out_features {shape} and {name} {tuple(sizes)}"
-            raise ValueError(f"layers: {problem}; layers whose names differ in numbers alone must have one shape")
-        group[name] = (sizes[0], sizes[1])
-    types = []
-    for (pattern, group), label in zip(groups.items(), _labels(list(groups)), strict=True):
-        names = sorted(group, key=_numbers)
-        depths = tuple(depth_of[_numbers(name)] for name in names)
-        types.append(ModuleType(label, pattern, tuple(names), depths, *group[names[0]]))
+        known.add(name)
+        groups.setdefault(_pattern(name), {}).setdefault((width_in, width_out), []).append(name)
+    types: list[ModuleType] = []
+    for (pattern, of_shape), label in zip(groups.items(), _labels(list(groups)), strict=True):
+        for shape, group in of_shape.items():
+            names = tuple(sorted(group, key=_numbers))
+            depths = tuple(depth_of[_numbers(name)] for name in names)
+            own = label if len(of_shape) == 1 else f"{label}_{shape[0]}x{shape[1]}"
+            while any(own == other.label for other in types):
+                own += "_"
+            types.append(ModuleType(own, pattern, names, depths, *shape))
     return tuple(types)
 
 
