@@ -7,6 +7,7 @@ B: tasks, L: layers, n: layers of one type; A (B, n, r, in), B (B, n, out, r).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainerkit.adapter_layout import AdapterLayout, Factors
@@ -27,11 +28,12 @@ def consistency(layout: AdapterLayout, factors: Factors, shares: Tensor | None =
     for t, share in zip(layout.types, _by_type(layout, shares), strict=True):
         pair = factors[f"A/{t.label}"], factors[f"B/{t.label}"]
         numbers = sum(part[0, 0].numel() for part in pair) * len(pair[0])
+        # Where the mean is, the sum of squares has no slope in it: no gradient has to pass through the mean.
         if share is None:
-            varied = [part.var(1, correction=0).sum() for part in pair]
+            varied = [_squares(part, part.detach().mean(1, keepdim=True)) / len(t.names) for part in pair]
         else:
             each = (share / share.sum().clamp_min(1e-12))[:, None, None]
-            means = [(part * each).sum(1, keepdim=True) for part in pair]
+            means = [(part.detach() * each).sum(1, keepdim=True) for part in pair]
             varied = [((part - mean).square() * each).sum() for part, mean in zip(pair, means, strict=True)]
             counts.append(share.mean())
         values.append((varied[0] + varied[1]) / numbers)
@@ -59,6 +61,10 @@ def sparsity(layout: AdapterLayout, factors: Factors, shares: Tensor | None = No
             numbers = numbers + counted * len(part) * part[0, 0].numel()
     assert isinstance(total, Tensor)
     return total / (numbers.clamp_min(1e-12) if isinstance(numbers, Tensor) else numbers)
+
+
+def _squares(x: Tensor, centre: Tensor) -> Tensor:
+    return F.mse_loss(x, centre.expand_as(x), reduction="sum")
 
 
 def _by_type(layout: AdapterLayout, shares: Tensor | None) -> list[Tensor | None]:
