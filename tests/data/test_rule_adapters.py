@@ -64,7 +64,7 @@ def test_the_whole_library_has_the_figures_that_its_page_says(tmp_path):
     data = RuleAdapters(cache_dir=str(tmp_path))
     found = figures(data)
     assert found["own"] >= 0.985
-    assert found == pytest.approx({"base": 0.50, "own": 0.99, "mean": 0.51, "other": 0.50}, abs=0.04)
+    assert found == pytest.approx({"base": 0.49, "own": 0.99, "mean": 0.49, "other": 0.50}, abs=0.04)
     rows = every_row(data)
     kinds = [rule.kind for rule in data.rules_of(rows)]
     right = data.task_accuracy(data.factors(rows), rows)

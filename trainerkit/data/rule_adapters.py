@@ -4,8 +4,8 @@ A small network knows objects by their colour, shape, size, material and place. 
 'is it red', 'is it red and made of glass', 'is it red or made of glass'. Ten sentences describe each, one of them in a
 wording that training never sees. All 'is' rules and most of the others train; 25 rules validate and 50 test.
 
-Balanced accuracy on objects that no adapter was trained on, mean over the rules: 0.52 without an adapter, 0.99 with the
-rule's own, 0.51 with the mean of all, 0.49 with another rule's. See `trainerkit.data.rules` for the rules, `rule_world`
+Balanced accuracy on objects that no adapter was trained on, mean over the rules: 0.49 without an adapter, 0.99 with the
+rule's own, 0.49 with the mean of all, 0.50 with another rule's. See `trainerkit.data.rules` for the rules, `rule_world`
 for the training and `rule_library` for the folder.
 """
 
