@@ -121,6 +121,17 @@ def test_token_rows_equal_their_lists_padded_to_the_longest_of_the_batch():
         assert mask.sum(1).tolist() == [len(row) for row in lists]
 
 
+def test_a_tokenizer_that_has_no_token_for_any_text_is_refused_and_one_for_some_is_not(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 1, "b": 2}, []))
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = pair_tokenizer(str(tmp_path), 4)
+    assert tokenizer.encode_many(["ab", "xyz", ""]) == [[1, 2], [], []]
+    assert tokenizer.encode_many([" ", ""]) == [[], []]
+    with pytest.raises(UserError, match=r"tokenizer.json: gives no token for any text, such as 'xyz'"):
+        tokenizer.encode_many([" ", "xyz", "z"])
+
+
 def test_a_models_tokenizer_puts_its_tokens_around_a_text_and_cuts_inside(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "b": 5}

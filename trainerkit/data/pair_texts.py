@@ -54,6 +54,7 @@ class ModelTokens:
         around = self._tokenizer.num_special_tokens_to_add(False)
         if max_length <= around:
             raise ValueError(f"max_length={max_length}: must be above {around}, which {path.name} puts around a text")
+        self._path = path
         self._tokenizer.enable_truncation(max_length)
         self._tokenizer.no_padding()
         # A text that spells "[SEP]" does not end there.
@@ -61,10 +62,20 @@ class ModelTokens:
         self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Of several texts at once, which the library does on all cores."""
+        """Of several texts at once, which the library does on all cores.
+
+        Raises:
+            UserError: if none of the texts has a token, though some are not blank: the tokenizer is of something else.
+        """
         # Half of a character, as a broken JSON file has it, is what the library cannot take.
         whole = [text.encode("utf-8", "replace").decode() for text in texts]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(whole)]
+        found: list[list[int]] = [encoding.ids for encoding in self._tokenizer.encode_batch(whole)]
+        spoken = next((text for text in whole if text.strip()), None)
+        if spoken is not None and not any(found):
+            raise UserError(
+                f"tokenizer={self._path}: gives no token for any text, such as {spoken[:40]!r}; is it of these texts?"
+            )
+        return found
 
 
 def pair_tokenizer(
