@@ -34,7 +34,7 @@ from trainerkit.functional.random import random_state, set_random_state
 from trainerkit.tasks.retrieval.trees import concatenated, entries, number_of_rows, part
 
 _FEW = 8  # chunks: with more, a kept graph saves little time, and the loss needs its memory
-_SMALL = 2**18  # numbers of a parameter whose gradient may wait until a chunk's others are there
+_SMALL = 2**13  # numbers of a parameter whose gradient may wait until the others of a chunk are there
 
 
 class GradientCache:
