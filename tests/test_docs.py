@@ -35,6 +35,8 @@ SMALL_LM = [
 ]  # fmt: skip
 # The same for retrieval.
 SMALL_RETRIEVAL = ["data.batch_size=8", "trainer.check_val_every_n_epoch=1", "callbacks.neighbours.n_queries=2"]
+# The same for the library of rules, which is trained before.
+SMALL_RULES = ["data.rules=24", "data.val_rules=1", "data.test_rules=2", "data.steps=2", "data.base_steps=2"]
 # CI runs the first of these as they are (.ci/run); benchmarks are run by hand, and imported below; test_kill.py kills.
 BY_CI = ("pip install", ".ci/run", "pytest tests/callbacks", "ruff check", "python -m tests.benchmarks")
 BY_CI += ("python -m trainerkit.testing.kill",)
@@ -102,6 +104,8 @@ def shortened(line):
         short = [option for option in short if "epochs" not in option] + SMALL_LM
     if "task=retrieval" in words:
         short = short + SMALL_RETRIEVAL
+    if "task=t2l" in words and "data=lora_library" not in words:
+        short = short + SMALL_RULES
     chosen = {word.partition("=")[0] for word in words}
     extra = [option for option in short if option.partition("=")[0] not in chosen]
     return f"{line} {' '.join(extra)}"
@@ -209,7 +213,7 @@ def test_every_benchmark_that_is_named_can_be_started():
 
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     named = re.findall(r"python -m (tests\.benchmarks\.\w+)", text)
-    assert len(named) == 17
+    assert len(named) == 18
     assert all(callable(importlib.import_module(name).main) for name in named)
 
 
@@ -230,7 +234,7 @@ def shown_as(value):
 
 @pytest.mark.parametrize(
     ("task", "experiment", "number"),
-    [("mae", "chemomae_document", 31), ("lm", "tisslm_document", 12), ("retrieval", "vembed_document", 13)],
+    [("mae", "chemomae_document", 31), ("lm", "tisslm_document", 12), ("retrieval", "vembed_document", 13), ("t2l", "t2l_document", 18)],
 )
 def test_the_table_of_documented_keys_is_what_the_configs_say(task, experiment, number):
     """'The documented keys' of a task's page: each key's value in both columns, from the composed config."""

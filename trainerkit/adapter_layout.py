@@ -41,7 +41,8 @@ class ModuleType:
 class AdapterLayout:
     """What adapters change in a base model, and in which order everything 'per layer' stands: type by type, by depth.
 
-    A layer's depth is the rank of the numbers in its name, (3,) in 'blocks.3.up', among those that occur.
+    A layer's depth is the rank of the numbers in its name, (3,) in 'blocks.3.up', among those that occur; one without
+    any, such as 'lm_head', comes first.
 
     Args:
         layers: (name, in_features, out_features) of each.

@@ -46,6 +46,7 @@ from trainerkit.trainer import Trainer
 _Kind = TypeVar("_Kind")
 STAGES = ("fit", "validate", "test", "predict")
 _WIDEST = 8  # metrics beside each other on the screen; more stand below each other
+_LONGEST = 24  # sets of a table on the screen; all are in results.json
 # What a run reads, so that `~key` cannot take it away.
 _NEEDED = ("stage", "resume", "trust", "seed", "out_dir", "data", "optimizer", "task", "trainer")
 
@@ -390,9 +391,12 @@ def _print_metrics(metrics: dict[str, float]) -> None:
     alike: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(of_set, key=_by_number):
         alike.setdefault(tuple(sorted(of_set[name], key=_by_number)), []).append(name)
-    for columns, sets in alike.items():
+    for columns, every in alike.items():
+        sets = every[:_LONGEST]
         table = [["", *columns], *([name, *(f"{metrics[f'{name}/{what}']:.5g}" for what in columns)] for name in sets)]
         _print_table(table if len(columns) <= _WIDEST else [list(row) for row in zip(*table, strict=True)])
+        if len(every) > len(sets):
+            print(f"  and {len(every) - len(sets)} more in results.json")
 
 
 def _print_table(rows: list[list[str]]) -> None:

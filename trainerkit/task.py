@@ -176,14 +176,15 @@ class Task(LightningModule):
         if trainer._logger_connector.should_update_logs:
             for name, meter in self._meters.items():
                 if name.startswith("train/"):
-                    self.log(f"{name}_step", meter.window(), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+                    options: Any = {"on_step": True, "on_epoch": False, "batch_size": 1}
+                    self.log(f"{name}_step", meter.window(), prog_bar=_is_plain(name), **options)
         stops = trainer.should_stop and trainer.fit_loop._can_stop_early
         if trainer.is_last_batch or stops or trainer.global_step == trainer.max_steps:
             self._log_epoch("train/", on_step=False, on_epoch=True, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
         """Log what was tracked in validation."""
-        self._log_epoch("val/", prog_bar=True)
+        self._log_epoch("val/", in_bar=True)
 
     def on_test_epoch_end(self) -> None:
         """Log what was tracked in the test."""
@@ -203,16 +204,16 @@ class Task(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the sums of an interrupted epoch back."""
-        # The sums are those of all ranks: one of them takes them over.
-        if self.trainer.is_global_zero:
+        # The sums are those of all ranks: one of them takes them over. `load_from_checkpoint` has no Trainer.
+        if self._trainer is not None and self.trainer.is_global_zero:
             for name, state in checkpoint.get("tracked", {}).items():
                 self._meters[name] = _Meter.from_state(state)
 
-    def _log_epoch(self, prefix: str, **options: Any) -> None:
+    def _log_epoch(self, prefix: str, in_bar: bool = False, **options: Any) -> None:
         names = [name for name in self._meters if name.startswith(prefix)]
         metrics = {name: self._meters.pop(name).result(self._sum_over_ranks) for name in names}
         for name, value in (metrics | self.derived_metrics(metrics)).items():
-            self.log(name, value, **options)
+            self.log(name, value, prog_bar=in_bar and _is_plain(name), **options)
 
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         if self.trainer.world_size == 1:
@@ -222,6 +223,11 @@ class Task(LightningModule):
         reduced = self.trainer.strategy.reduce(tensor, reduce_op="sum")
         assert isinstance(reduced, Tensor)
         return [float(value) for value in reduced.tolist()]
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a metric is `stage/what`; those of parts, `stage/part/what`, may be hundreds and are in no bar."""
+    return name.count("/") < 2
 
 
 def _is_json(value: Any) -> bool:

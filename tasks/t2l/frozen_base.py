@@ -16,9 +16,10 @@ from trainerkit.errors import either, nearest
 class FrozenBase:
     """A frozen model that answers with the adapters it is given, one for each task of a batch.
 
-    Not a module, so that whoever holds it owns none of its weights: they are in no optimizer, average or checkpoint. It
-    is put into eval mode and goes to the device of what it is asked. The weights W + scaling·B·A of a batch exist at
-    one time, B·out·in numbers a layer.
+    The model is called with one tensor and gives one; wrap what takes or gives more. Not a module, so that whoever
+    holds it owns none of its weights: they are in no optimizer, average or checkpoint. It is put into eval mode and
+    goes to the device of what it is asked. The weights W + scaling·B·A of a batch exist at one time, B·out·in numbers a
+    layer.
 
     Args:
         model: any module; called with one tensor (S, …).
@@ -44,15 +45,18 @@ class FrozenBase:
             (B, S, …).
         """
         self._follow(inputs.device)
-        # Weights that change stand last, over those of the model.
-        own = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        # By every name that a tied weight has; the adapted one is changed alone.
+        own: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
+        own |= dict(self._model.named_buffers(remove_duplicate=False))
+        dtype = next((weight.dtype for weight in own.values() if weight.is_floating_point()), inputs.dtype)
+        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
 
         def of_one_task(factors: Factors, inputs: Tensor) -> Any:
             changed = {
-                f"{name}.weight": own[f"{name}.weight"] + self.layout.scaling * (b @ a).to(own[f"{name}.weight"].dtype)
+                f"{name}.weight": own[f"{name}.weight"] + self.layout.scaling * (b.to(dtype) @ a.to(dtype))
                 for name, (a, b) in self.layout.unpack(factors).items()
             }
-            return functional_call(self._model, own | changed, (inputs,))
+            return functional_call(self._model, own | changed, (inputs,), tie_weights=False)
 
         factors = {key: factors[key] for key in self.layout.keys}
         answers: Tensor = torch.func.vmap(of_one_task)(factors, inputs)

@@ -77,6 +77,12 @@ def product_loss(b_hat: Tensor, a_hat: Tensor, b: Tensor, a: Tensor, kind: Kind 
     raise ValueError(f"kind={kind}: must be one of {', '.join(_KINDS)}")
 
 
+def in_full(factors: Mapping[str, Tensor]) -> Factors:
+    """Factors of half precision in float32: sums of thousands of small differences are lost in it."""
+    halves = (torch.float16, torch.bfloat16)
+    return {key: factor.float() if factor.dtype in halves else factor for key, factor in factors.items()}
+
+
 def zscore(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x − mean)/std; 0 where std is 0 or rounding alone: there the library has one value, and so has the network.
 
@@ -163,6 +169,7 @@ class ReconstructionLoss(Part):
             ValueError: for tensors that are missing or have another shape.
         """
         self._check(predicted, target, weights, shares)
+        predicted = in_full(predicted)
         layers = self.layer_losses(predicted, target, statistics)
         counted = weights if shares is None else weights * shares
         total = (counted.to(layers) * layers).sum()

@@ -16,6 +16,7 @@ from torch import Tensor
 from trainerkit.adapter_layout import AdapterLayout, Factors
 from trainerkit.functional.rank import effective_rank_of_product
 from trainerkit.tasks.t2l.delta_w import cosine, dot, inner, squared_difference
+from trainerkit.tasks.t2l.losses import in_full
 
 
 @torch.no_grad()
@@ -44,6 +45,7 @@ def adapter_metrics(
         `delta_w_cosine`, `magnitude_ratio`, with `mean` also `mean_delta_w_cosine`, and what was asked for.
     """
     found: dict[str, list[Tensor]] = {}
+    predicted = in_full({key: predicted[key] for key in layout.keys})
     for t in layout.types:
         keys = f"A/{t.label}", f"B/{t.label}"
         a_hat, b_hat = (predicted[key] for key in keys)

@@ -50,6 +50,7 @@ class HyperNetwork(nn.Module):
 
     depth_index: Tensor
     type_index: Tensor
+    scaling_bits: Tensor
 
     def __init__(
         self,
@@ -103,6 +104,8 @@ class HyperNetwork(nn.Module):
         self.heads = nn.ModuleDict({f"to_{t.label}": _Head(t, rank, head_dim, size) for t in layout.types})
         depths = [depth for t in layout.types for depth in t.depths]
         numbers = [number for number, t in enumerate(layout.types) for _ in t.names]
+        # Saved, since weights and statistics are in its units; as an integer, which no change of precision rounds.
+        self.register_buffer("scaling_bits", torch.tensor(layout.scaling, dtype=torch.float64).view(torch.int64))
         self.register_buffer("depth_index", torch.tensor(depths), persistent=False)
         self.register_buffer("type_index", torch.tensor(numbers), persistent=False)
 
@@ -122,6 +125,11 @@ class HyperNetwork(nn.Module):
         for t, part in zip(types, hidden.split([len(t.names) for t in types], dim=1), strict=True):
             factors[f"A/{t.label}"], factors[f"B/{t.label}"] = self.heads[f"to_{t.label}"](part)
         return factors
+
+    @property
+    def trained_scaling(self) -> float:
+        """What B·A was multiplied with where the weights were trained; the layout has that of the library of today."""
+        return float(self.scaling_bits.cpu().view(torch.float64))
 
     def trunk(self, task: Tensor) -> Tensor:
         """What the heads are given: (B, L, H) for size L, else (B, L, P, H) with P = 2 for M and 2·r for S."""

@@ -13,6 +13,7 @@ base      no adapter
 each the mean over the tasks of the accuracy that the data judge by.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -85,7 +86,7 @@ class AdapterReport(Callback):
             sets = {wording: rows for wording, rows in sets.items() if len(rows["index"])}
             if split == "val":
                 sets.pop("unseen", None)
-            found = {wording: _accuracy(judge, _written(task, rows), rows["index"]) for wording, rows in sets.items()}
+            found = {wording: _accuracy(judge, _writer(task, rows), rows["index"]) for wording, rows in sets.items()}
             if split == "test" and self.baselines and sets:
                 found |= _baselines(judge, task, next(iter(sets.values())))
         broadcast: dict[str, float] = trainer.strategy.broadcast(found)
@@ -95,16 +96,17 @@ class AdapterReport(Callback):
 def _baselines(judge: Judge, task: TextToLoraTask, rows: Judged) -> dict[str, float]:
     index: Tensor = rows["index"]
     train = judge.described("train", "known")
-    other = other_tasks(index)
+    alike = train["index"][nearest(rows["task"], train["task"])]
+    mean = {key: factor.float().cpu() for key, factor in task.network.mean_adapter().items()}
     found = {
-        "trained": _accuracy(judge, judge.factors(index), index),
-        "nearest": _accuracy(judge, judge.factors(train["index"][nearest(rows["task"], train["task"])]), index),
-        "mean": _accuracy(judge, _repeated(task.network.mean_adapter(), len(index)), index),
-        "base": float(judge.task_accuracy(None, index).mean()),
+        "trained": _accuracy(judge, lambda part: judge.factors(index[part]), index),
+        "nearest": _accuracy(judge, lambda part: judge.factors(alike[part]), index),
+        "mean": _accuracy(judge, lambda part: _repeated(mean, len(index[part])), index),
+        "base": _accuracy(judge, lambda part: None, index),
     }
+    other = other_tasks(index)
     if other is not None:
-        wrong = {"index": index, "task": rows["task"][other]}
-        found["wrong"] = _accuracy(judge, _written(task, wrong), index)
+        found["wrong"] = _accuracy(judge, _writer(task, {"task": rows["task"][other]}), index)
     return found
 
 
@@ -128,23 +130,25 @@ def other_tasks(index: Tensor) -> Tensor | None:
     return first[following[member]]
 
 
-def _written(task: TextToLoraTask, rows: Judged) -> Factors:
-    """The adapters that a task writes for descriptions, on the host."""
-    was_training = task.training
-    task.eval()
-    parts = [task.network(part.to(task.device)) for part in rows["task"].split(_TASKS)]
-    task.train(was_training)
-    return {key: torch.cat([part[key].float().cpu() for part in parts]) for key in parts[0]}
+def _writer(task: TextToLoraTask, rows: Judged) -> Callable[[slice], Factors]:
+    """Writes the adapters for some of the descriptions, on the host: those of all may not fit."""
+    weight = next(task.network.parameters())
+
+    def write(part: slice) -> Factors:
+        was_training = task.training
+        task.eval()
+        factors = task.network(rows["task"][part].to(weight.device, weight.dtype))
+        task.train(was_training)
+        return {key: factor.float().cpu() for key, factor in factors.items()}
+
+    return write
 
 
 def _repeated(adapter: Factors, count: int) -> Factors:
-    return {key: factor.cpu().expand(count, *factor.shape) for key, factor in adapter.items()}
+    return {key: factor.expand(count, *factor.shape) for key, factor in adapter.items()}
 
 
-def _accuracy(judge: Judge, factors: Factors, rows: Tensor) -> float:
+def _accuracy(judge: Judge, write: Callable[[slice], Factors | None], rows: Tensor) -> float:
     """The mean over the rows, a few tasks at a time."""
-    parts = []
-    for start in range(0, len(rows), _TASKS):
-        some = slice(start, start + _TASKS)
-        parts.append(judge.task_accuracy({key: factor[some] for key, factor in factors.items()}, rows[some]))
-    return float(torch.cat(parts).double().mean())
+    parts = [slice(start, start + _TASKS) for start in range(0, len(rows), _TASKS)]
+    return float(torch.cat([judge.task_accuracy(write(part), rows[part]) for part in parts]).double().mean())

@@ -65,7 +65,7 @@ class TextToLoraTask(Task):
         mode: 'reconstruction' compares with the library's adapters, 'sft' asks the base model on examples.
         loss: makes the loss of reconstruction from the layout, a class or a partial of one; None for
             `ReconstructionLoss`.
-        layer_weighting: what each layer counts for in it; None for all the same.
+        layer_weighting: what each layer counts for in that; None for all the same.
         progressive: begin with some layers and add the others; None for all from the start.
         base: of `mode='sft'`: any module with the adapted layers; None for the data's own.
         base_loss: of `mode='sft'`: from the base model's answers (B·S, …) and the targets (B·S, …), their mean.
@@ -76,8 +76,8 @@ class TextToLoraTask(Task):
         scheduler: see `Task`.
 
     Raises:
-        ValueError: for another mode, an argument that belongs to the other one, or what loss and weighting refuse; in
-            `setup`, for `mode='sft'` without a base model, or one without the adapted layers.
+        ValueError: for another mode, `base` or `base_loss` without `mode='sft'`, `progressive` with it, or what loss
+            and weighting refuse; in `setup`, for `mode='sft'` without a base model.
     """
 
     layer_weights: Tensor
@@ -103,6 +103,8 @@ class TextToLoraTask(Task):
             raise ValueError(f"mode={mode}: must be reconstruction or sft")
         if mode == "sft" and progressive is not None:
             raise ValueError("progressive: belongs to mode=reconstruction; the base model needs every layer at once")
+        if mode != "sft" and (base is not None or base_loss is not None):
+            raise ValueError(f"{'base' if base is not None else 'base_loss'}: belongs to mode=sft, and mode={mode}")
         self.network = network
         self.mode: Mode = mode
         self.progressive = progressive
@@ -136,10 +138,28 @@ class TextToLoraTask(Task):
             self.network.set_statistics(data.factor_statistics())
             if self.mode == "reconstruction" and self.reconstruction.target != "delta_w":
                 _warn_of_gauges(data.shares_initial_a(), self.reconstruction.target)
+        if stage == "fit" and self.progressive is not None:
+            _warn_of_missing_layers(self.progressive, self.trainer.max_epochs)
         if self.mode == "sft" and self._base is None:
             if not isinstance(data, HasBase):
                 raise ValueError("base=null: mode=sft needs a base model, and these data bring none; give a _target_")
             self._base = FrozenBase(data.base_network(), self.layout)
+
+    def on_train_start(self) -> None:
+        """A run that goes on needs adapters in the same units."""
+        self._check_scaling()
+
+    def on_validation_start(self) -> None:
+        """As in training."""
+        self._check_scaling()
+
+    def on_test_start(self) -> None:
+        """As in training."""
+        self._check_scaling()
+
+    def on_predict_start(self) -> None:
+        """Written adapters have the scaling that they were trained in, whatever the library has now."""
+        self.layout.scaling = self.network.trained_scaling
 
     def on_train_epoch_start(self) -> None:
         """Add the layers that are due; a resume in mid-epoch knows of them by its checkpoint."""
@@ -177,6 +197,14 @@ class TextToLoraTask(Task):
         super().on_load_checkpoint(checkpoint)
         if self.progressive is not None and "progressive" in checkpoint:
             self.progressive.load_state_dict(checkpoint["progressive"])
+
+    def _check_scaling(self) -> None:
+        now, before = self.layout.scaling, self.network.trained_scaling
+        if now != before:
+            raise ValueError(
+                f"scaling={now}: that of most adapters of the library (alpha / r); the network was trained with "
+                f"{before}, when the library had other adapters, and would compare unlike numbers"
+            )
 
     def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         factors = self.network(batch["task"])
@@ -218,6 +246,15 @@ def _under(key: str, make: Callable[[], Any]) -> Any:
         return make()
     except ValueError as error:
         raise ValueError(f"{key}.{error}") from error
+
+
+def _warn_of_missing_layers(progressive: Progressive, max_epochs: int | None) -> None:
+    last = max(progressive.groups) * progressive.layer_addition_interval
+    if max_epochs is not None and 0 <= max_epochs <= last:
+        rank_zero_warn(
+            f"progressive.layer_addition_interval={progressive.layer_addition_interval}: the last layers are added in "
+            f"epoch {last + 1}, and there are {max_epochs}; layers that are never added are never trained"
+        )
 
 
 def _warn_of_gauges(shares_initial_a: bool | None, target: str) -> None:

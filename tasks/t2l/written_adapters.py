@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from trainerkit.adapters import write_adapter
@@ -20,8 +21,9 @@ class HasDescriptions(Protocol):
 
 
 class WriteAdapters(Callback):
-    """Write each predicted adapter as a folder of PEFT: `adapters/0000-it-is-red`, numbered as the
-    descriptions are.
+    """Write each predicted adapter as a folder of PEFT: `adapters/0000-it-is-red`, numbered as the descriptions are.
+
+    A folder of the same name is replaced; those of other descriptions, written before, stay.
 
     Args:
         dirname: folder, relative to `trainer.default_root_dir`.
@@ -71,12 +73,14 @@ class WriteAdapters(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where they are."""
+        own = torch.tensor(float(len(self.paths)), device=trainer.strategy.root_device)
+        count = int(trainer.strategy.reduce(own, reduce_op="sum"))
         if trainer.is_global_zero:
             print()  # the line before is the progress bar's
             for path in self.paths[:_SHOWN]:
                 print(f"  {path}")
-            more = f", {len(self.paths) - _SHOWN} more beside them" * (len(self.paths) > _SHOWN)
-            print(f"{len(self.paths)} adapter{'s' * (len(self.paths) != 1)} written{more}")
+            folder = Path(trainer.default_root_dir) / self.dirname
+            print(f"{count} adapter{'s' * (count != 1)} written into {folder}")
 
 
 def slug(text: str, longest: int = 48) -> str:

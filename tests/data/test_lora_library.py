@@ -250,7 +250,21 @@ def test_one_initial_a_is_told_from_many(library, tmp_path):
         torch.cat([folders.factors(torch.arange(20))[f"A/{n}"].flatten(1) for n in "ab"], 1).double(), dim=1
     )
     cosines = (unit @ unit.T)[~torch.eye(20, dtype=torch.bool)]
-    assert folders.mean_cosine_of_a(torch.arange(20)) == pytest.approx(float(cosines.mean()), abs=1e-6)
+    found = folders.cosines_of_a(torch.arange(20))
+    assert found.shape == (190,)
+    assert float(found.mean()) == pytest.approx(float(cosines.mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_few_initial_as_are_not_one(groups, tmp_path):
+    layout = AdapterLayout([["a", 64, 64], ["b", 64, 64]], rank=4)
+    starts = [{key: torch.randn(shape) for key, shape in layout.shapes.items()} for _ in range(groups)]
+    for number in range(24):
+        factors = {key: start + 0.1 * torch.randn(start.shape) for key, start in starts[number % groups].items()}
+        write_adapter(tmp_path / str(number), layout, factors)
+    folders = AdapterFolders(tmp_path, "path")
+    assert folders.shares_initial_a(torch.arange(24)) is False
+    assert folders.shares_initial_a(torch.arange(0, 24, groups)) is True
 
 
 # Examples.

@@ -196,6 +196,15 @@ def test_layers_that_are_not_there_yet_get_no_gradient(tmp_path):
     assert reached == [False, False, False, False, True, True]
 
 
+@pytest.mark.parametrize("mode", ["reconstruction", "sft"])
+def test_in_bfloat16_it_trains_and_is_judged(mode, cache, tmp_path):
+    data = rules(cache, examples_per_task=8 if mode == "sft" else None)
+    trainer = fit(tmp_path, make_task(data, mode=mode), data, [AdapterReport()], max_epochs=1, precision="bf16-true")
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert all(value == value for value in metrics.values()), metrics
+    assert 0.3 < metrics["val/accuracy"] < 0.8
+
+
 # What is predicted
 
 
@@ -247,6 +256,35 @@ def test_every_description_of_a_file_gets_its_folder(processes, tmp_path):
 )
 def test_a_folders_name_holds_letters_digits_and_dashes(text, name):
     assert slug(text) == name
+
+
+def test_what_was_trained_is_written_in_its_own_scaling_and_not_compared_in_another(tmp_path):
+    data = library(tmp_path)
+    task = make_task(data)
+    fit(tmp_path, task, data, max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    weights = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    torch.manual_seed(0)
+    now = HyperNetwork(data.layers, data.rank, data.embedding_dim, latent_dim=16, head_dim=16, scaling=2.0)
+    again = TextToLoraTask(now)
+    again.load_state_dict(weights)
+    asked = library(tmp_path, description="say yes to red and round ones")
+    toy_trainer(tmp_path, [WriteAdapters()]).predict(again, datamodule=asked, return_predictions=False)
+    assert read_adapter(tmp_path / "adapters" / "0000-say-yes-to-red-and-round-ones", "x").scaling == data.scaling
+    again = TextToLoraTask(
+        HyperNetwork(data.layers, data.rank, data.embedding_dim, latent_dim=16, head_dim=16, scaling=2.0)
+    )
+    again.load_state_dict(weights)
+    with pytest.raises(ValueError, match=r"scaling=2.0: .* the network was trained with 0.5"):
+        toy_trainer(tmp_path, kind=Trainer).test(again, datamodule=data)
+
+
+def test_it_is_loaded_without_a_trainer(tmp_path):
+    data = library(tmp_path)
+    task = make_task(data)
+    fit(tmp_path, task, data, max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    network = make_task(data).network
+    loaded = TextToLoraTask.load_from_checkpoint(tmp_path / "x.ckpt", network=network, weights_only=True)
+    assert all(torch.equal(weights(loaded)[name], weight) for name, weight in weights(task).items())
 
 
 # What is judged
@@ -322,7 +360,12 @@ def test_products_that_agree_while_factors_do_not_are_told_apart(tmp_path, capsy
         ({"mode": "sft", "progressive": Progressive(["up"])}, "progressive: belongs to mode=reconstruction"),
         ({"loss": partial(ReconstructionLoss, kind="l3")}, "loss.kind=l3: must be one of mse, l1, huber, cosine"),
         ({"progressive": Progressive(["upp"])}, "progressive.initial_layers=upp: matches none .* Did you mean"),
-        ({"base": nn.Linear(2, 2)}, "base=Linear: the adapted layer blocks.0.up is not there; it has none|the nearest"),
+        (
+            {"mode": "sft", "base": nn.Sequential(nn.Linear(2, 2))},
+            "base=Sequential: .* is not there; the nearest are 0",
+        ),
+        ({"base": nn.Linear(2, 2)}, "base: belongs to mode=sft, and mode=reconstruction"),
+        ({"base_loss": nn.MSELoss()}, "base_loss: belongs to mode=sft"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(options, message, tmp_path):
@@ -339,6 +382,13 @@ def test_learning_through_a_base_model_needs_one_and_examples(tmp_path, cache):
         fit(tmp_path, make_task(data, mode="sft"), data)
 
 
+def test_layers_that_would_never_be_added_are_warned_of(tmp_path):
+    data = library(tmp_path)
+    task = make_task(data, progressive=Progressive(["up"], layer_addition_interval=2))
+    with pytest.warns(UserWarning, match="the last layers are added in epoch 3, and there are 2"):
+        fit(tmp_path, task, data, max_epochs=2)
+
+
 @pytest.mark.parametrize("target", ["delta_w", "factors", "factors_zscore"])
 def test_factors_of_many_gauges_are_warned_of_where_factors_are_compared(target, tmp_path, monkeypatch):
     data = library(tmp_path)
@@ -352,6 +402,23 @@ def test_factors_of_many_gauges_are_warned_of_where_factors_are_compared(target,
 
 
 # The command line
+
+
+@pytest.mark.slow
+def test_the_default_run_reaches_what_it_promises(tmp_path, monkeypatch, capsys):
+    """Two minutes on two cores, the library included."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    main(["task=t2l", "trainer=cpu", "callbacks.progress_bar=null", "out_dir=run"])
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    accuracy = {name.rpartition("/")[2]: value for name, value in found.items() if name.startswith("test/accuracy/")}
+    assert accuracy["trained"] >= 0.97
+    assert 0.45 <= accuracy["base"] <= 0.55
+    assert accuracy["unseen"] >= 0.85
+    assert accuracy["wrong"] <= 0.56
+    assert accuracy["mean"] <= 0.56
+    assert found["test/known/mean_alignment"] > 0
+    assert "test/accuracy" in capsys.readouterr().out
 
 
 def test_the_documented_values_are_composed():

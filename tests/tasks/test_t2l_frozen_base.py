@@ -84,6 +84,39 @@ def test_other_keys_of_a_batch_are_left_alone():
     assert torch.equal(frozen(factors | {"index": torch.arange(3)}, inputs()), frozen(factors, inputs()))
 
 
+class Tied(nn.Module):
+    """Reads out by the weights that it was embedded by."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
+def test_of_tied_weights_the_adapted_layer_changes_alone():
+    torch.manual_seed(0)
+    model, layout, ids = Tied(), AdapterLayout([["head", 4, 7]], rank=2), torch.arange(7).expand(2, 7)
+    factors = {key: torch.randn(2, *shape) for key, shape in layout.shapes.items()}
+    found = FrozenBase(model, layout)(factors, ids)
+    for task in range(2):
+        weight = model.embedding.weight + factors["B/head"][task, 0] @ factors["A/head"][task, 0]
+        torch.testing.assert_close(found[task], model.embedding.weight @ weight.T)
+
+
+def test_inputs_and_adapters_take_the_models_precision():
+    factors, x = drawn(), inputs()
+    half = {key: factor.bfloat16() for key, factor in factors.items()}
+    found = FrozenBase(base().float(), LAYOUT)(half, x.bfloat16())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found, FrozenBase(base().float(), LAYOUT)({k: f.float() for k, f in half.items()}, x.bfloat16().float())
+    )
+
+
 class Norms(nn.Module):
     def __init__(self):
         super().__init__()

@@ -21,6 +21,7 @@ InMemory = bool | Literal["auto"]
 _SMALL = 2**30  # bytes that 'auto' keeps in memory
 _CHUNK = 2**26  # bytes of adapters that are in memory at once where they are streamed
 # Of adapters that were trained from one A, more than this of their A's energy is common; else about none.
+_NEARLY_ALL = 0.95
 _COMMON = 0.1
 
 
@@ -107,41 +108,43 @@ class AdapterFolders:
             count += len(some)
         return {name: (mean.float(), (squares[name] / count).sqrt().float()) for name, mean in means.items()}
 
-    def shares_initial_a(self, rows: Tensor, at_most: int = 64) -> bool | None:
+    def shares_initial_a(self, rows: Tensor, at_most: int = 32) -> bool | None:
         """Whether these adapters were, by all appearance, trained from one initial A.
 
         BA is the same for (RA, BR⁻¹) with any R: only adapters with one A to begin with have factors that can be
-        compared number by number. Then their A's have much in common, and else nothing: the mean cosine c of two
-        different A's, all layers together, is 0 for A's that were drawn independently, with a standard deviation of
-        1 / √(numbers of A · pairs). Of 40 adapters that were trained from one A in large steps it was 0.55, of 40 that
-        were trained in the same way, each from its own, 0.001.
+        compared number by number. Then their A's have much in common, and else nothing: the cosine of two A's, all
+        layers together, is 0 for A's that were drawn independently, with a standard deviation of 1 / √(numbers of A).
+        Of 40 adapters that were trained from one A in large steps the mean was 0.55, of 40 that were trained in the
+        same way, each from its own, 0.001.
 
         Args:
             rows: which adapters.
             at_most: so many of them are read.
 
         Returns:
-            Whether c is above 0.1 and above 4 standard deviations; None for fewer than two adapters.
+            Whether of 95 % of all pairs the cosine is above 0.1 and above 4 standard deviations: of adapters from two
+            A's it is of no more than half of them. None for fewer than two adapters.
         """
-        cosine = self.mean_cosine_of_a(rows, at_most)
-        if cosine is None:
+        cosines = self.cosines_of_a(rows, at_most)
+        if cosines is None:
             return None
-        count = min(len(rows), at_most)
         numbers = sum(math.prod(shape) for name, shape in self.layout.shapes.items() if name.startswith("A/"))
-        return cosine > max(_COMMON, 4 / math.sqrt(numbers * count * (count - 1) / 2))
+        return float((cosines > max(_COMMON, 4 / math.sqrt(numbers))).double().mean()) >= _NEARLY_ALL
 
-    def mean_cosine_of_a(self, rows: Tensor, at_most: int = 64) -> float | None:
-        """The mean cosine of two different adapters' A's, all layers together; None for fewer than two adapters."""
+    def cosines_of_a(self, rows: Tensor, at_most: int = 32) -> Tensor | None:
+        """The cosine of each pair of A's, all layers together, (pairs,); None for fewer than two adapters."""
         count = min(len(rows), at_most)
         if count < 2:
             return None
-        total = torch.zeros(1)
+        units = []
         for row in rows[torch.linspace(0, len(rows) - 1, count).long()].split(1):
             factors = self.factors(row)
-            a = torch.cat([factors[f"A/{one.label}"].flatten() for one in self.layout.types])
-            total = total + normalize(a, dim=0).double()
-        # Of unit vectors, |Σ u|² is their number plus the cosines of all ordered pairs.
-        return float((total.square().sum() - count) / (count * (count - 1)))
+            units.append(
+                normalize(torch.cat([factors[f"A/{one.label}"].flatten() for one in self.layout.types]), dim=0)
+            )
+        stacked = torch.stack(units)
+        first, second = torch.triu_indices(count, count, 1)
+        return (stacked @ stacked.T)[first, second]
 
     def _read(self, rows: Tensor) -> Factors:
         factors = {name: torch.empty(len(rows), *shape) for name, shape in self.layout.shapes.items()}

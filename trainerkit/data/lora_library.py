@@ -100,6 +100,7 @@ class LoraLibrary(LibraryContents):
             _ = self.predict_texts
         shares = dict(zip(SPLITS, (1.0, *self._fractions), strict=True))
         counts = {name: len(self._rows(name)) for name in SPLITS}
+        counts["val"] = min(counts["val"], len(self.descriptions.lines("val", "known")))  # in these words it validates
         # A run that trains ends with the test, and is to hear at its beginning that there is none.
         for name in {"fit": SPLITS, "validate": ("val",), "test": ("test",)}.get(stage, ()):
             if shares[name] > 0 and not counts[name]:
@@ -180,4 +181,9 @@ class LoraLibrary(LibraryContents):
         fractions = f"val_fraction={self._fractions[0]}, test_fraction={self._fractions[1]}"
         why = f"path={self.folders.folders[0].parent}: of {len(self.folders)} adapters none is there for {name} "
         advice = 'give more adapters, or say by "split" in descriptions.jsonl which are'
-        return f"{why}({fractions}); {advice}" + ("." if name == "train" else f", or do without by {name}_fraction=0.")
+        if name == "train":
+            return f"{why}({fractions}); {advice}."
+        without = f"or do without by {name}_fraction=0"
+        if name == "val":
+            without += " and monitor=train/loss in callbacks.crash_safe_checkpoint, best_weights and early_stopping"
+        return f"{why}({fractions}); {advice}, {without}."
