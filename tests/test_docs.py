@@ -146,6 +146,7 @@ COMMAND_PAGES = [page for page in PAGES if commands(page) and page.name != "your
 SLOW_PAGES = ("scaling.md",)  # several processes for each command
 
 
+@pytest.mark.filterwarnings("ignore:progressive.layer_addition_interval")  # an epoch is too short for its layers
 @pytest.mark.parametrize(
     "page", [pytest.param(p, marks=[pytest.mark.slow] * (p.name in SLOW_PAGES), id=ident(p)) for p in COMMAND_PAGES]
 )
