@@ -4,14 +4,17 @@ import warnings
 from contextlib import suppress
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.functional import softplus
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
 
 from tests.support import ROOT, toy_trainer, two_processes
 from trainerkit.alternating import AlternatingTask, Turn
@@ -19,6 +22,7 @@ from trainerkit.build import build
 from trainerkit.callbacks import EMA, CrashSafeCheckpoint, ExactResume, ParameterStats
 from trainerkit.data import ArrayDataset, BatchLoader, EpochBatches
 from trainerkit.errors import UserError
+from trainerkit.fsdp import FSDP2
 from trainerkit.optim import warmup_cosine
 from trainerkit.plugins import AllowList
 from trainerkit.trainer import Trainer
@@ -220,16 +224,40 @@ def test_a_run_killed_at_any_batch_goes_on_to_the_bit(tmp_path):
         assert str(averaged) == str(average)
 
 
-def test_the_schedule_ends_with_the_run(tmp_path):
-    schedule = partial(warmup_cosine, total_steps=None, steps_per_epoch=None, warmup_epochs=1.0)
+@pytest.mark.parametrize(
+    ("first", "other", "length"),
+    [
+        ((1, 1), (2, 2), {"max_epochs": 4}),
+        ((1, 1), (4, 1), {"max_epochs": 6}),
+        ((1, 1), (25, 1), {"max_epochs": 10}),
+        ((1, 1), (3, 2), {"max_steps": 1000, "max_epochs": 3}),
+        ((1, 4), (1, 1), {"max_steps": 9, "max_epochs": -1}),
+        ((2, 3), (3, 1), {"max_steps": 5, "max_epochs": 9}),
+    ],
+)
+def test_schedules_end_with_the_run(first, other, length, tmp_path):
+    schedule = partial(warmup_cosine, total_steps=None, steps_per_epoch=None, warmup_epochs=0.1)
     turns = {
-        "discriminator": Turn("discriminator", ADAM, schedule),
-        "generator": Turn("generator", ADAM, schedule, every_n_batches=2, accumulate_grad_batches=2),
+        name: Turn(name, ADAM, schedule, every_n_batches=every, accumulate_grad_batches=accumulate)
+        for name, (every, accumulate) in {"discriminator": first, "generator": other}.items()
     }
     task = GAN(turns)
-    trainer = fit(tmp_path, task, max_epochs=4)
-    assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == pytest.approx([0, 0], abs=1e-12)
-    assert task.steps == {"discriminator": 40, "generator": 12}
+    trainer = fit(tmp_path, task, **length)
+    for name, optimizer in zip(turns, trainer.optimizers, strict=True):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9), name
+        assert task.steps[name] == turns[name].steps_after(task.batches, 10)
+
+
+@pytest.mark.parametrize("per_epoch", [1, 7, 10, None])
+@pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (3, 1), (1, 4), (3, 2), (12, 1)])
+def test_steps_are_counted_as_a_loop_over_batches_makes_them(per_epoch, every, accumulate):
+    turn = Turn("x", every_n_batches=every, accumulate_grad_batches=accumulate)
+    steps, waiting = 0, 0
+    for batch in range(1, 60):
+        waiting += batch % every == 0
+        if waiting and (waiting == accumulate or (per_epoch and batch % per_epoch == 0)):
+            steps, waiting = steps + 1, 0
+        assert turn.steps_after(batch, per_epoch) == steps, batch
 
 
 def test_two_processes_equal_one_with_the_double_batch(tmp_path):
@@ -267,7 +295,7 @@ class Overflowing(GAN):
 
     def turn_loss(self, name, batch, batch_idx):
         loss = super().turn_loss(name, {key: value.float() for key, value in batch.items()}, batch_idx)
-        return loss * float("inf") if (name, self.batches) == ("generator", 3) else loss
+        return loss * float("inf") if (name, self.batches) == ("generator", 2) else loss
 
 
 def test_with_a_scaler_one_networks_infinite_gradient_is_nothing_to_the_other(tmp_path):
@@ -287,6 +315,79 @@ def test_with_a_scaler_one_networks_infinite_gradient_is_nothing_to_the_other(tm
     assert [found["discriminator"] for found in seen] == [1024.0] * 10
     assert [found["generator"] for found in seen] == [1024.0] * 2 + [512.0] * 8
     assert all(bool(parameter.isfinite().all()) for parameter in task.parameters())
+
+
+def test_a_checkpoint_with_scalers_goes_on_without_and_is_validated(tmp_path):
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    options = {"precision": None, "plugins": [plugin]}
+    sgd = {name: Turn(name, partial(torch.optim.SGD, lr=0.1)) for name in ("discriminator", "generator")}
+    fit(tmp_path, Overflowing(sgd), max_epochs=1, **options).save_checkpoint(tmp_path / "x.ckpt")
+    trainer = fit(tmp_path, Overflowing(sgd), resume=tmp_path / "x.ckpt", max_epochs=2, precision="32-true")
+    assert trainer.global_step == 20
+
+
+def test_a_second_fit_begins_anew(tmp_path):
+    turns = {"discriminator": Turn("discriminator", ADAM), "generator": Turn("generator", accumulate_grad_batches=4)}
+    task = GAN(turns)
+    fit(tmp_path, task, max_steps=6, max_epochs=-1)
+    assert len(task._waiting["generator"]) == 2
+    fit(tmp_path, task, max_epochs=1)
+    assert (task.batches, task.steps) == (10, {"discriminator": 10, "generator": 3})
+
+
+def test_weights_alone_hold_no_data(tmp_path):
+    task = GAN(
+        {"discriminator": Turn("discriminator", ADAM), "generator": Turn("generator", accumulate_grad_batches=4)}
+    )
+    trainer = fit(tmp_path, task, max_steps=6, max_epochs=-1)
+    for weights_only, waiting in ((True, 0), (False, 2)):
+        trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=weights_only)
+        saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+        assert len(saved["turns"]["waiting"][0]["generator"]) == waiting
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_that_no_checkpoint_holds_may_not_wait(accumulate, tmp_path):
+    class Odd(GAN):
+        def turn_loss(self, name, batch, batch_idx):
+            return super().turn_loss(name, batch["rows"], batch_idx)
+
+    batches = [{"rows": batch, "names": np.array(["a"])} for batch in loader()]
+    task = Odd({name: Turn(name, accumulate_grad_batches=accumulate) for name in ("discriminator", "generator")})
+    run = partial(fit, tmp_path, task, batches=DataLoader(batches, batch_size=None), max_epochs=1)
+    if accumulate == 1:
+        run()
+        return
+    with pytest.raises(ValueError, match="optimizers.discriminator.accumulate_grad_batches=2: .* have a numpy.ndarray"):
+        run()
+
+
+def test_a_turn_that_did_not_happen_logs_nothing(tmp_path):
+    task = GAN({"discriminator": Turn("discriminator"), "generator": Turn("generator", every_n_batches=3)})
+    trainer = fit(tmp_path, task, max_epochs=1, log_every_n_steps=1, logger=CSVLogger(tmp_path))
+    trainer.logger.save()
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    place = rows[0].split(",").index("train/generator_step")
+    found = [row.split(",")[place] for row in rows[1:]]
+    assert found[:2] == ["", ""]
+    assert "nan" not in found
+    assert found[2]
+
+
+def test_parameters_in_pieces_are_refused(tmp_path):
+    outcomes = two_processes(lambda rank: fit(tmp_path, GAN(), devices=2, strategy=FSDP2(), precision=None), tmp_path)
+    assert all("strategy=FSDP2: optimizers cannot take turns" in outcome["error"] for outcome in outcomes), outcomes
+
+
+def test_a_module_may_have_two_names(tmp_path):
+    class Alias(GAN):
+        def __init__(self):
+            super().__init__({"discriminator": Turn("discriminator"), "generator": Turn("same")})
+            self.same = self.generator
+
+    task = Alias()
+    fit(tmp_path, task, max_epochs=1)
+    assert task.steps == {"discriminator": 10, "generator": 10}
 
 
 def test_statistics_are_told_apart_by_optimizer(tmp_path):
@@ -363,7 +464,8 @@ def test_every_callback_goes_with_it(path, tmp_path):
         with pytest.raises(ValueError, match="automatic optimization only"):
             fit(tmp_path, GAN().double(), [callback], max_epochs=2)
         return
-    task = GAN().double()
+    schedule = partial(StepLR, step_size=10, gamma=0.5)
+    task = GAN({name: Turn(name, ADAM, schedule) for name in ("discriminator", "generator")}).double()
     before = weights(task)
     fit(tmp_path, task, [callback], max_epochs=2)
     # It begins with the last layer, which is the discriminator's, and adds one in the second epoch.

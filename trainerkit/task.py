@@ -175,7 +175,7 @@ class Task(LightningModule):
         trainer = self.trainer
         if trainer._logger_connector.should_update_logs:
             for name, meter in self._meters.items():
-                if name.startswith("train/"):
+                if name.startswith("train/") and meter.has_window:
                     options: Any = {"on_step": True, "on_epoch": False, "batch_size": 1}
                     self.log(f"{name}_step", meter.window(), prog_bar=_is_plain(name), **options)
         stops = trainer.should_stop and trainer.fit_loop._can_stop_early
@@ -258,6 +258,12 @@ class _Meter:
         self._weights: list[float | Tensor] = []
         self._sum = self._weight = 0.0
         self._window_sum = self._window_weight = 0.0
+        self._window_terms = 0
+
+    @property
+    def has_window(self) -> bool:
+        """Whether anything was added since the last call of `window`."""
+        return bool(self._pending) or self._window_terms > 0
 
     def add(self, value: Tensor, weight: float | Tensor) -> None:
         self._pending.append(value)
@@ -270,6 +276,7 @@ class _Meter:
         self._collect()
         mean = self._window_sum / self._window_weight if self._window_weight else float("nan")
         self._window_sum = self._window_weight = 0.0
+        self._window_terms = 0
         return mean
 
     def result(self, sum_over_ranks: Callable[[list[float]], list[float]]) -> float:
@@ -283,13 +290,13 @@ class _Meter:
     def state(self, sum_over_ranks: Callable[[list[float]], list[float]], window_ends: bool) -> dict[str, Any]:
         self._collect()
         # The first rank writes and reads this, and logs its own window.
-        window = [0.0, 0.0] if window_ends else [self._window_sum, self._window_weight]
+        window = [0.0, 0.0, 0] if window_ends else [self._window_sum, self._window_weight, self._window_terms]
         return {"reduction": self.reduction, "numbers": [*sum_over_ranks([self._sum, self._weight]), *window]}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "_Meter":
         meter = cls(state["reduction"])
-        meter._sum, meter._weight, meter._window_sum, meter._window_weight = state["numbers"]
+        meter._sum, meter._weight, meter._window_sum, meter._window_weight, meter._window_terms = state["numbers"]
         return meter
 
     def _collect(self) -> None:
@@ -304,6 +311,7 @@ class _Meter:
             self._sum += term
             self._weight += weight
             self._window_sum += term
+            self._window_terms += 1
             self._window_weight += 1 if self.reduction == "sum" else weight
         self._pending.clear()
         self._weights.clear()

@@ -167,7 +167,8 @@ def test_a_split_that_is_asked_for_and_has_no_adapter_is_refused(own):
     write_lines(own, [line | {"split": "train"} for line in lines])
     assert refused(own) == (
         f"path={own}: of 24 adapters none is there for val (val_fraction=0.1, test_fraction=0.1); give more adapters, or "
-        'say by "split" in descriptions.jsonl which are, or do without by val_fraction=0.'
+        'say by "split" in descriptions.jsonl which are, or do without by val_fraction=0 and '
+        "monitor=train/loss in callbacks.crash_safe_checkpoint, best_weights and early_stopping."
     )
     LoraLibrary(str(own), val_fraction=0.0, test_fraction=0.0).setup("fit")
     write_lines(own, [line | {"split": "val"} for line in lines])
