@@ -235,7 +235,12 @@ def shown_as(value):
 
 @pytest.mark.parametrize(
     ("task", "experiment", "number"),
-    [("mae", "chemomae_document", 31), ("lm", "tisslm_document", 12), ("retrieval", "vembed_document", 13), ("t2l", "t2l_document", 18)],
+    [
+        ("mae", "chemomae_document", 31),
+        ("lm", "tisslm_document", 12),
+        ("retrieval", "vembed_document", 13),
+        ("t2l", "t2l_document", 18),
+    ],
 )
 def test_the_table_of_documented_keys_is_what_the_configs_say(task, experiment, number):
     """'The documented keys' of a task's page: each key's value in both columns, from the composed config."""
