@@ -214,7 +214,7 @@ def test_every_benchmark_that_is_named_can_be_started():
 
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     named = re.findall(r"python -m (tests\.benchmarks\.\w+)", text)
-    assert len(named) == 18
+    assert len(named) == 19
     assert all(callable(importlib.import_module(name).main) for name in named)
 
 
