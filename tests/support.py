@@ -143,6 +143,16 @@ def small_library(folder: Path, adapters: int = 12, rank: int = 2, examples: int
     return layout
 
 
+def descriptions_of(library: Path) -> list[dict]:
+    """The lines of a library's descriptions."""
+    return [json.loads(line) for line in (library / "descriptions.jsonl").read_text().splitlines()]
+
+
+def write_descriptions(library: Path, lines: list[dict]) -> None:
+    """The same, written anew."""
+    (library / "descriptions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def trainerkit(*arguments: str, cwd: Path, timeout: float = 180, env: dict[str, str] | None = None):
     """Run `python -m trainerkit` in a real process; gives the CompletedProcess with text output.
 

@@ -125,10 +125,6 @@ class Progressive(Part):
         of_group = [1.0] + [ramp(step, start, self.layer_warmup_steps) for start in starts]
         return torch.tensor([of_group[group] for group in self.groups], device=device)
 
-    def is_complete(self, step: int) -> bool:
-        """Whether every layer counts fully."""
-        return bool((self.shares(step) == 1).all())
-
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the steps at which groups were added."""
         return {"starts": list(self._starts)}

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 
-from tests.support import small_library
+from tests.support import descriptions_of, small_library, write_descriptions
 from trainerkit.adapters import AdapterLayout, read_adapter, write_adapter
 from trainerkit.data import HashedNgrams, LoraLibrary, OneHot, PrecomputedEmbeddings
 from trainerkit.data.lora_examples import draw_examples
@@ -30,14 +30,6 @@ def library(tmp_path_factory):
 def own(library, tmp_path):
     """A copy that a test may damage."""
     return shutil.copytree(library, tmp_path / "own")
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "descriptions.jsonl").read_text().splitlines()]
-
-
-def write_lines(folder, lines):
-    (folder / "descriptions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def equal(a, b):
@@ -67,7 +59,7 @@ def test_a_batch_has_the_factors_of_its_adapters_as_their_folders_have_them(libr
 
 def test_each_description_is_of_the_batchs_adapter_known_and_drawn_anew_in_each_epoch(library):
     data = LoraLibrary(str(library), batch_size=5)
-    by_text = {line["description"]: line for line in lines_of(library)}
+    by_text = {line["description"]: line for line in descriptions_of(library)}
     embedding, texts = data.tasks, data.descriptions.texts
     seen = {}
     for epoch in epochs(data, 30):
@@ -134,14 +126,14 @@ def test_no_adapter_is_in_two_splits_and_evaluation_has_every_wording_once(libra
     described = data.described("test", "unseen")
     assert described["index"].tolist() == rows["unseen"]
     assert torch.equal(described["task"], torch.cat([batch["task"] for batch in unseen]))
-    unseen_lines = {line["description"]: line["adapter"] for line in lines_of(library) if "wording" in line}
+    unseen_lines = {line["description"]: line["adapter"] for line in descriptions_of(library) if "wording" in line}
     assert [unseen_lines[text] for text in described["text"]] == [f"rule{row}" for row in rows["unseen"]]
 
 
 def test_the_split_depends_on_names_alone(library, own):
     whole = LoraLibrary(str(library)).descriptions.roles
     shutil.rmtree(own / "rule0")
-    write_lines(own, [line for line in lines_of(own) if line["adapter"] != "rule0"][::-1])
+    write_descriptions(own, [line for line in descriptions_of(own) if line["adapter"] != "rule0"][::-1])
     assert LoraLibrary(str(own), seed=7).descriptions.roles == whole[1:]
 
 
@@ -154,8 +146,10 @@ def test_few_adapters_train_and_each_share_gets_one_if_there_are_enough(tmp_path
 
 
 def test_splits_that_are_given_are_kept_and_a_test_without_unseen_wordings_has_one_loader(own):
-    lines = [line | {"split": "test" if line["adapter"] in ("rule3", "rule5") else "train"} for line in lines_of(own)]
-    write_lines(own, [line for line in lines if line["split"] == "train" or "wording" not in line])
+    lines = [
+        line | {"split": "test" if line["adapter"] in ("rule3", "rule5") else "train"} for line in descriptions_of(own)
+    ]
+    write_descriptions(own, [line for line in lines if line["split"] == "train" or "wording" not in line])
     data = LoraLibrary(str(own), val_fraction=0.0)
     assert len(epochs(data, 1)[0][0]["index"]) == ADAPTERS - 2
     assert data.val_dataloader() == []
@@ -323,7 +317,7 @@ def test_the_embedding_is_fitted_on_known_wordings_of_training_adapters_alone(li
     roles = data.descriptions.roles
     expected = [
         line["description"]
-        for line in lines_of(library)
+        for line in descriptions_of(library)
         if roles[int(line["adapter"].removeprefix("rule"))] == 0 and "wording" not in line
     ]
     assert data.embedding.seen == expected
@@ -341,7 +335,7 @@ def test_embeddings_that_know_the_library_get_its_rows(library, tmp_path):
 def test_a_checkpoint_keeps_what_the_embedding_learnt_though_the_library_changes(library, own):
     before = LoraLibrary(str(library), description="say yes to red ones")
     state = before.state_dict()
-    write_lines(own, [line | {"description": line["description"] + " red"} for line in lines_of(own)])
+    write_descriptions(own, [line | {"description": line["description"] + " red"} for line in descriptions_of(own)])
     after = LoraLibrary(str(own), description="say yes to red ones")
     after.load_state_dict(state)
     (expected,), (found,) = before.predict_dataloader(), after.predict_dataloader()
@@ -357,7 +351,7 @@ def test_a_checkpoint_keeps_what_the_embedding_learnt_though_the_library_changes
 def test_prediction_is_of_every_known_description_of_one_or_of_those_in_a_file(library, tmp_path):
     data = LoraLibrary(str(library), batch_size=5)
     data.setup("predict")
-    texts = [line["description"] for line in lines_of(library) if "wording" not in line]
+    texts = [line["description"] for line in descriptions_of(library) if "wording" not in line]
     assert data.predict_texts == texts
     batches = list(data.predict_dataloader())
     assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(len(texts)))

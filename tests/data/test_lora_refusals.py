@@ -1,6 +1,5 @@
 """Libraries that cannot be used: what is wrong is said, and where."""
 
-import json
 import math
 import os
 import shutil
@@ -9,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support import small_library
+from tests.support import descriptions_of, small_library, write_descriptions
 from trainerkit.adapters import AdapterLayout, write_adapter
 from trainerkit.data import LoraLibrary
 from trainerkit.errors import UserError
@@ -28,14 +27,6 @@ def library(tmp_path_factory):
 def own(library, tmp_path):
     """A copy that a test may damage."""
     return shutil.copytree(library, tmp_path / "own")
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "descriptions.jsonl").read_text().splitlines()]
-
-
-def write_lines(folder, lines):
-    (folder / "descriptions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.mark.parametrize(
@@ -141,37 +132,37 @@ def test_lines_that_are_no_descriptions_are_refused_with_their_number(own, line,
 
 
 def test_keys_of_the_users_own_and_a_mark_of_the_byte_order_do_no_harm(own):
-    write_lines(own, [line | {"author": "me"} for line in lines_of(own)])
+    write_descriptions(own, [line | {"author": "me"} for line in descriptions_of(own)])
     file = own / "descriptions.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     LoraLibrary(str(own)).setup("fit")
 
 
 def test_missing_descriptions_are_refused_and_a_file_elsewhere_is_read(own, tmp_path):
-    lines = lines_of(own)
-    write_lines(own, [line for line in lines if line["adapter"] not in ("rule3", "rule5")])
+    lines = descriptions_of(own)
+    write_descriptions(own, [line for line in lines if line["adapter"] not in ("rule3", "rule5")])
     assert "has no description of rule3, rule5; each adapter needs one, or leave its folder out." in refused(own)
-    write_lines(own, [line for line in lines if line["adapter"] != "rule3" or "wording" in line])
+    write_descriptions(own, [line for line in lines if line["adapter"] != "rule3" or "wording" in line])
     assert "has only unseen wordings of rule3, which would be trained on" in refused(own)
     os.rename(own / "descriptions.jsonl", tmp_path / "mine.jsonl")
     assert refused(own).startswith(f"path={own / 'descriptions.jsonl'}: is not there; needed is a line a description")
     assert refused(own, descriptions=str(tmp_path / "mine.jsonl")).startswith(
         f"descriptions={tmp_path / 'mine.jsonl'}: "
     )
-    write_lines(tmp_path, lines)
+    write_descriptions(tmp_path, lines)
     LoraLibrary(str(own), descriptions=str(tmp_path / "descriptions.jsonl")).setup("fit")
 
 
 def test_a_split_that_is_asked_for_and_has_no_adapter_is_refused(own):
-    lines = lines_of(own)
-    write_lines(own, [line | {"split": "train"} for line in lines])
+    lines = descriptions_of(own)
+    write_descriptions(own, [line | {"split": "train"} for line in lines])
     assert refused(own) == (
         f"path={own}: of 24 adapters none is there for val (val_fraction=0.1, test_fraction=0.1); give more adapters, or "
         'say by "split" in descriptions.jsonl which are, or do without by val_fraction=0 and '
         "monitor=train/loss in callbacks.crash_safe_checkpoint, best_weights and early_stopping."
     )
     LoraLibrary(str(own), val_fraction=0.0, test_fraction=0.0).setup("fit")
-    write_lines(own, [line | {"split": "val"} for line in lines])
+    write_descriptions(own, [line | {"split": "val"} for line in lines])
     assert "of 24 adapters none is there for train" in refused(own)
 
 

@@ -73,7 +73,7 @@ def test_with_every_layer_from_the_start_nothing_is_added(layout):
     progressive = bound(layout, initial_layers=["*"])
     assert (course(progressive, epochs=5) == 1).all()
     assert progressive.state_dict() == {"starts": []}
-    assert progressive.is_complete(0)
+    assert bool((progressive.shares(0) == 1).all())
 
 
 @pytest.mark.parametrize("cut", range(1, 30))
@@ -105,8 +105,8 @@ def test_epochs_that_nobody_told_of_add_all_that_is_due(layout):
     progressive = bound(layout, layer_addition_interval=1, layer_warmup_steps=10)
     assert progressive.begin_epoch(5, 50) == [1, 2]
     assert progressive.shares(55).tolist() == pytest.approx([1] * 3 + [0.5] * 6)
-    assert not progressive.is_complete(55)
-    assert progressive.is_complete(60)
+    assert not bool((progressive.shares(55) == 1).all())
+    assert bool((progressive.shares(60) == 1).all())
 
 
 def test_a_group_that_was_not_added_has_no_share():
