@@ -92,7 +92,8 @@ def test_a_plain_process_goes_on_as_a_forked_one(harness):
     harness.overrides, harness.fresh = [], 1
     tally = harness.kill_runs("unfreezing_steps", 1)
     harness.fresh = 0
-    assert (tally.phases, tally.equal, tally.problems, tally.unreadable) == ({"step": 1}, 1, [], [])
+    # What it was doing when the signal arrived is chance: aimed at in a step, it may be writing already.
+    assert (tally.kills, tally.equal, tally.problems, tally.unreadable) == (1, 1, [], [])
 
 
 def test_a_resume_without_random_state_is_found_and_its_first_difference_named(harness):
