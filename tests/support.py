@@ -119,6 +119,19 @@ def small_text(path: Path, words: int = 4000, seed: int = 5) -> str:
     return text
 
 
+def small_pictures(folder: Path, classes: int = 2, each: int = 20, size: int = 8) -> Path:
+    """Noise in a folder for each class, `class0`, …, of a brightness of its own."""
+    from PIL import Image
+
+    draw = np.random.default_rng(11)
+    for number in range(classes):
+        (folder / f"class{number}").mkdir(parents=True)
+        for i in range(each):
+            pixels = draw.integers(0, 100, (size, size, 3)) + 155 * number // max(1, classes - 1)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class{number}" / f"{i:02d}.png")
+    return folder
+
+
 def small_library(folder: Path, adapters: int = 12, rank: int = 2, examples: int = 0, seed: int = 5) -> AdapterLayout:
     """A library of adapters in `folder`, trained as it were from one A; two wordings for each, a third one unseen."""
     layout = AdapterLayout([[f"blocks.{i}.{name}", 6, 6] for i in range(2) for name in ("up", "down")], rank, 0.5)

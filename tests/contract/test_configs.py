@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.support import ROOT, small_library, small_text, smooth_spectra
+from tests.support import ROOT, small_library, small_pictures, small_text, smooth_spectra
 from trainerkit.build import build, check
 from trainerkit.cli import GROUPS
 from trainerkit.compose import choices, compose_config, config_loader
@@ -52,6 +52,9 @@ NEEDS = {
         "data.batch_size=8",
     ],
     "data/stdlib_pairs": ["data.batch_size=32"],
+    "data/mnist_5k": ["data.cache_dir=cache"],
+    "data/picture_folder": ["data.path=pictures", "data.batch_size=4"],
+    "data/table": ["data.path=table.csv", "data.label=kind", "data.batch_size=4"],
     "data/stdlib_text": ["data.vocab_size=300", "data.cache_dir=cache"],
 }
 
@@ -184,6 +187,9 @@ def test_data_keep_the_contract(path, tmp_path, monkeypatch):
     small_text(tmp_path / "text.txt")
     pairs = [json.dumps({"query": f"question {i}", "positive": f"answer {i}"}) for i in range(100)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(pairs))
+    small_pictures(tmp_path / "pictures")
+    rows = [f"{i},{i % 7},{'ab'[i % 2]}" for i in range(40)]
+    (tmp_path / "table.csv").write_text("\n".join(["length,width,kind", *rows]))
     if path.stem == "lora_library":
         small_library(tmp_path / "adapters", 30)
     # Of the standard library a part: all of it takes seconds to tokenise.
