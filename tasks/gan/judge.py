@@ -1,0 +1,74 @@
+"""The judge of samples: a small classifier, trained on the spot on the training pictures.
+
+Where pictures are not photographs, the usual judge, a network trained on ImageNet, has nothing to say; and it would
+have to be fetched. What this one sees in a picture, `features`, is what Fréchet distance, precision and recall compare.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from trainerkit.functional.random import RandomStream
+
+_BATCH = 64
+_RATE = 2e-3
+_AT_ONCE = 500  # pictures
+
+
+class Judge(nn.Module):
+    """Two convolutions and two linear layers.
+
+    Args:
+        channels: of a picture.
+        image_size: its side, a multiple of 4.
+        n_classes: number of classes.
+    """
+
+    num_features = 64
+
+    def __init__(self, channels: int, image_size: int, n_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Dropout(0.25), nn.Linear(64 * (image_size // 4) ** 2, self.num_features), nn.ReLU(),
+        )  # fmt: skip
+        self.classify = nn.Linear(self.num_features, n_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, 64) and logits (B, K) of pictures (B, C, H, W) in 0..1."""
+        features: Tensor = self.features(x)
+        return features, self.classify(features)
+
+    @torch.no_grad()
+    def look_at(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of any number of pictures, on their device."""
+        parts = [self(part) for part in x.split(_AT_ONCE)]
+        return torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts])
+
+
+def train_judge(x: Tensor, y: Tensor, n_classes: int, epochs: int = 10, seed: int = 0) -> Judge:
+    """Train a judge; moves no global random state of the CPU.
+
+    Args:
+        x: pictures, (N, C, H, W) in 0..1.
+        y: their classes, (N,) int64.
+        n_classes: number of classes.
+        epochs: times that each picture is seen.
+        seed: of initial weights, order and dropout.
+
+    Returns:
+        The judge, in evaluation mode, on the device of `x`.
+    """
+    with RandomStream(seed), torch.enable_grad(), torch.inference_mode(False):
+        judge = Judge(x.shape[1], x.shape[-1], n_classes).to(x.device)
+        optimizer = torch.optim.Adam(judge.parameters(), lr=_RATE)
+        steps = epochs * -(-len(x) // _BATCH)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x)).to(x.device).split(_BATCH):
+                optimizer.zero_grad()
+                cross_entropy(judge(x[rows])[1], y[rows]).backward()
+                optimizer.step()
+                schedule.step()
+    return judge.eval().requires_grad_(False)
