@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from trainerkit.errors import UserError, did_you_mean, either, first_lines, nearest
+from trainerkit.extras import install_line
 from trainerkit.plugins import register_search_path
 
 CONFIG_MODULE = "trainerkit.configs"
@@ -23,6 +24,12 @@ _TEXT_KEYS = {
     "prompt": "; put it into a file, data.prompt_file=FILE",
     "description": "; put it into a file, data.description_file=FILE",
     "query": "",
+}
+
+# Choices of Hydra's own groups that are there once an extra is installed.
+_FROM_EXTRAS = {
+    "hydra/launcher": {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"},
+    "hydra/sweeper": {},
 }
 
 
@@ -126,17 +133,25 @@ def all_groups(loader: ConfigLoader, parent: str = "") -> Iterator[str]:
 
 def _check_group(override: Override, groups: set[str], loader: ConfigLoader) -> None:
     group = override.key_or_group
-    if group not in groups or override.is_delete() or override.is_hydra_override():
+    own = override.is_hydra_override() and group not in _FROM_EXTRAS
+    if group not in groups or override.is_delete() or own:
         return
     allowed = choices(loader, group)
     for value in _chosen(override):
         if value is None:
             raise UserError(f"{group}=null: must be one of {', '.join(allowed)}")
         if value not in allowed:
+            known = dict.fromkeys([*allowed, *_FROM_EXTRAS.get(group, {})])
             raise UserError(
-                f"{group}={value}: there is no such choice. {did_you_mean(str(value), allowed)}\n"
-                f"{group} takes: {', '.join(allowed)}"
+                f"{group}={value}: there is no such choice. {did_you_mean(str(value), known)}\n"
+                f"{group} takes: {', '.join(allowed)}{_to_install(group, allowed)}"
             )
+
+
+def _to_install(group: str, allowed: list[str]) -> str:
+    """What else a group of Hydra's own would take, and how to get it."""
+    lacking = {name: extra for name, extra in _FROM_EXTRAS.get(group, {}).items() if name not in allowed}
+    return "".join(f"\n{name} comes with   {install_line(extra)}" for name, extra in lacking.items())
 
 
 def _chosen(override: Override) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def leading_children(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(OmegaConf.to_yaml(cfg))
         os.environ[CONFIG_VARIABLE] = name
-        yield
+        with _as_command_line():
+            yield
         for process in launcher.procs:
             process.wait()
         if torch.distributed.is_initialized():
@@ -82,6 +84,19 @@ def leading_children(cfg: DictConfig, trainer: Trainer) -> Iterator[None]:
             os.environ.pop(variable, None)
             if value is not None:
                 os.environ[variable] = value
+
+
+@contextmanager
+def _as_command_line() -> Iterator[None]:
+    """Have Lightning start trainerkit for the other devices, whatever program this process is: a launcher's worker,
+    which runs a job of a sweep, would start more workers.
+    """
+    main = sys.modules["__main__"]
+    before, main.__spec__ = main.__spec__, find_spec("trainerkit.__main__")
+    try:
+        yield
+    finally:
+        main.__spec__ = before
 
 
 def differences(checkpoint: str, cfg: DictConfig, part: str) -> list[str]:

@@ -74,6 +74,7 @@ def check_hydra(overrides: list[str], allow: AllowList, config_dir: str | None =
             # What the launcher and the sweeper come from, where groups that are swept over are as the defaults say.
             first = _composed(loader, overrides, RunMode.MULTIRUN)
             check_node(first, allow, overrides)
+            _check_ranges(parser.parse_overrides(overrides), first)
             swept = [*parser.parse_overrides(overrides), *_of_sweeper(parser, first)]
             for combination in _combinations(swept, set(all_groups(loader))):
                 check_node(_composed(loader, combination, RunMode.RUN), allow, overrides)
@@ -81,6 +82,18 @@ def check_hydra(overrides: list[str], allow: AllowList, config_dir: str | None =
             raise
         except Exception as error:  # as in compose.py
             raise UserError(first_lines(error)) from error
+
+
+def _check_ranges(overrides: list[Override], found: dict[str, Any]) -> None:
+    """Hydra's own sweeper tries every value, which an interval does not have."""
+    if not str((found.get("sweeper") or {}).get("_target_")).endswith("BasicSweeper"):
+        return
+    for override in overrides:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(
+                f"{override.input_line}: has no end of values; add hydra/sweeper=optuna, or give some: "
+                f"{override.key_or_group}=a,b"
+            )
 
 
 def _composed(loader: ConfigLoader, overrides: list[str], mode: RunMode) -> dict[str, Any]:

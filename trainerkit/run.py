@@ -1,6 +1,7 @@
 """The life of a run: config to objects, then fit, validate, test or predict; the only reader of configs."""
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -255,6 +256,7 @@ def _fit(
         reason = f"{length}, {stopped or ('the whole length' if whole else 'cut short')}"
         finished = bool(whole or stopped)
         content = {"stopped": reason, "finished": finished, "limits": limits, "metrics": metrics}
+        content["best"] = _best(trainer)
         write_json(out_dir / "results.json", content)
         print(f"\nTrained for {reason}.")
         _print_metrics(metrics)
@@ -365,6 +367,12 @@ def _history_metrics(trainer: Trainer) -> dict[str, float]:
             found = {callback.train_metric: record["train_loss"], callback.val_metric: record["val_loss"]}
             return {name: value for name, value in found.items() if value is not None}
     return {}
+
+
+def _best(trainer: Trainer) -> dict[str, float]:
+    """The value that the best checkpoint was chosen by."""
+    checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, CrashSafeCheckpoint)]
+    return {c.monitor: c.best_model_score for c in checkpoints if c.monitor and math.isfinite(c.best_model_score)}
 
 
 def _command(overrides: list[str], out_dir: Path) -> str:
