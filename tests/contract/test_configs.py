@@ -33,6 +33,7 @@ COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
 OF = dict.fromkeys(("tisslm_document", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "lm_gpu"), "lm")
 OF["t2l_document"] = "t2l"
 OF |= dict.fromkeys(("code_search", "hard_negatives", "retrieval_student", "vembed_document", "loss"), "retrieval")
+OF |= dict.fromkeys(("network",), "classification")
 # What a choice needs before it can be composed or built.
 NEEDS = {
     "experiment/retrieval_student": ["task.teacher.weights=teacher.safetensors"],
@@ -98,6 +99,7 @@ SIZES = {
     "seq_len": 200, "vocab_size": 2048, "context_length": 256, "channels": 1, "image_size": 32,
     "modalities": ["image", "text"], "query_mode": "together",
     "layers": [["blocks.0.up", 48, 96]], "rank": 4, "scaling": 1.0, "embedding_dim": 64,
+    "classes": ["0", "1"], "class_counts": [9, 9], "n_classes": 2, "features": 4,
 }  # fmt: skip
 COMPOSED = [path for path in FILES if not path.stem.startswith("_")]
 

@@ -10,10 +10,11 @@ from PIL import Image
 
 from trainerkit.data.hashed_words import HashedWords
 from trainerkit.data.pair_dataset import Negatives, PairBatches, PairDataset, Side
-from trainerkit.data.pair_pictures import Augmentation, PictureFiles, decoded, moved, problems
+from trainerkit.data.pair_pictures import PictureFiles, decoded, problems
 from trainerkit.data.pair_texts import TokenRows, pair_tokenizer
 from trainerkit.data.row_draws import row_draws
 from trainerkit.errors import UserError
+from trainerkit.functional.picture_moves import Augmentation, moved
 
 ROWS = torch.arange(50)
 

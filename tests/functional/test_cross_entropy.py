@@ -139,6 +139,31 @@ def test_logits_of_a_thousand_give_what_float64_gives(options, dtype):
         close(gradients(loss, logits), gradients(expected, exact), check_dtype=False, **half)
 
 
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=str)
+def test_a_weight_of_a_row_multiplies_its_loss_and_its_gradient(options):
+    hidden, weight, targets = inputs()
+    row_weights = torch.rand(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    logits = hidden @ weight.T
+    rows = [row for row in range(N) if targets[row] != -100]
+    singly = [naive(logits[row : row + 1], targets[row : row + 1], **options) for row in rows]
+    expected = sum(row_weights[row] * loss for row, (loss, _) in zip(rows, singly, strict=True)) / len(rows)
+    nll_expected = sum(row_weights[row] * nll for row, (_, nll) in zip(rows, singly, strict=True)) / len(rows)
+    slopes = gradients(expected, hidden, weight)
+    for chunk in (None, 2):
+        loss, nll = linear_cross_entropy(hidden, weight, targets, row_weights=row_weights, chunk_size=chunk, **options)
+        close((loss, nll), (expected, nll_expected))
+        close(gradients(loss, hidden, weight), slopes)
+
+
+def test_weights_of_two_are_rows_given_twice_over_half_as_many():
+    hidden, weight, targets = inputs(ignored=0)
+    once, _ = linear_cross_entropy(hidden, weight, targets, row_weights=torch.full((N,), 2.0))
+    twice, _ = linear_cross_entropy(hidden.repeat(2, 1), weight, targets.repeat(2))
+    torch.testing.assert_close(once, 2 * twice)
+    with pytest.raises(ValueError, match=r"row_weights: shape \(2,\), must be \(11,\)"):
+        linear_cross_entropy(hidden, weight, targets, row_weights=torch.ones(2))
+
+
 def test_a_focal_loss_without_gamma_is_cross_entropy_and_gamma_lowers_easy_rows_most():
     logits = torch.tensor([[3.0, 0, 0], [0, 0, 0]], dtype=torch.float64)
     plain, focal = (

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from trainerkit.data.pair_dataset import PairDataset, Side
 from trainerkit.data.pair_module import PairModule, PairSets, check_fractions
-from trainerkit.data.pair_pictures import Augmentation, PictureFiles
+from trainerkit.data.pair_pictures import PictureFiles
 from trainerkit.data.pair_texts import TokenRows, pair_tokenizer
 from trainerkit.data.text_cache import default_cache_dir
 from trainerkit.data.text_files import draw_split
 from trainerkit.extras import folder_of, require
 from trainerkit.files import replacing
+from trainerkit.functional.picture_moves import Augmentation
 
 FACES = (
     "Sans", "Sans-Bold", "Sans-Oblique", "Sans-BoldOblique",

@@ -84,6 +84,11 @@ class LabelledModule(LightningDataModule):
         return self.sets.classes
 
     @property
+    def n_classes(self) -> int:
+        """How many there are."""
+        return len(self.classes)
+
+    @property
     def class_counts(self) -> list[int]:
         """Rows of each class in training."""
         return self.sets.counts

@@ -11,9 +11,10 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from trainerkit.data.loader import Batch, EpochBatches
-from trainerkit.data.pair_pictures import Augmentation, Pictures, moved
+from trainerkit.data.pair_pictures import Pictures
 from trainerkit.data.pair_texts import TokenRows
 from trainerkit.data.row_draws import row_draws
+from trainerkit.functional.picture_moves import Augmentation, moved
 
 # What a random number is for.
 _CHOICE, _QUERY, _POSITIVE, _NEGATIVES = range(4)

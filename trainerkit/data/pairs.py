@@ -16,10 +16,11 @@ from trainerkit.data.pair_dataset import Negatives, PairDataset, Side
 from trainerkit.data.pair_files import Columns, read_columns
 from trainerkit.data.pair_groups import distinct, groups, own_negatives, row_labels, split_rows
 from trainerkit.data.pair_module import PairModule, PairSets, check_fractions
-from trainerkit.data.pair_pictures import FITS, Augmentation, Fit, PictureFiles, PictureSource, problems
+from trainerkit.data.pair_pictures import FITS, Fit, PictureFiles, PictureSource, problems
 from trainerkit.data.pair_rows import MODES, Mode, OnBad, PairRows, added, check_names, mode_of, pair_rows
 from trainerkit.data.pair_texts import TokenRows, pair_tokenizer
 from trainerkit.errors import UserError
+from trainerkit.functional.picture_moves import Augmentation
 
 _DEFAULT_NAMES = {
     name: [name]

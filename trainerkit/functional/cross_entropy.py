@@ -51,6 +51,7 @@ def linear_cross_entropy(
     focal_gamma: float = 0.0,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
+    row_weights: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `hidden @ weight.T`, a chunk of rows at a time; the formula stands at the top of the file.
@@ -68,6 +69,8 @@ def linear_cross_entropy(
         focal_gamma: γ, 0 or more; 0 is cross-entropy. With label smoothing the factor stands before the smoothed loss.
         z_loss: λ, 0 or more, which keeps the logarithm of the sum near 0.
         logit_softcap: c, makes c·tanh(z/c) of the logits; None leaves them.
+        row_weights: (…), by which each row's loss and negative log-likelihood are multiplied; the means stay over the
+            number of rows. No gradient goes to them. None: 1 each.
         chunk_size: rows of a chunk; None: as many as have 2²² logits on the CPU (16 MiB), 2²⁷ elsewhere (512 MiB).
 
     Returns:
@@ -82,7 +85,7 @@ def linear_cross_entropy(
             f"hidden, weight: shapes {tuple(hidden.shape)} and {tuple(weight.shape)} do not fit; must be (…, D), (V, D)"
         )
     options = _Options(ignore_index, label_smoothing, focal_gamma, z_loss, logit_softcap)
-    return _loss(hidden, weight, targets, options, chunk_size)
+    return _loss(hidden, weight, targets, row_weights, options, chunk_size)
 
 
 def cross_entropy(
@@ -94,17 +97,23 @@ def cross_entropy(
     focal_gamma: float = 0.0,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
+    row_weights: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` of logits (…, V) that are there already; half precision is computed in float32."""
     options = _Options(ignore_index, label_smoothing, focal_gamma, z_loss, logit_softcap)
-    return _loss(logits, None, targets, options, chunk_size)
+    return _loss(logits, None, targets, row_weights, options, chunk_size)
 
 
 def _loss(
-    hidden: Tensor, weight: Tensor | None, targets: Tensor, options: _Options, chunk_size: int | None
+    hidden: Tensor,
+    weight: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor | None,
+    options: _Options,
+    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(hidden, targets, options, chunk_size)
+    _check(hidden, targets, row_weights, options, chunk_size)
     vocabulary = hidden.shape[-1] if weight is None else weight.shape[0]
     rows = targets.numel()
     most = chunk_size or max(1, _CHUNK.get(hidden.device.type, _CHUNK_ELSEWHERE) // max(1, vocabulary))
@@ -116,12 +125,17 @@ def _loss(
     wanted = (grad and hidden.requires_grad, grad and weight is not None and weight.requires_grad)
     flat = hidden.reshape(rows, hidden.shape[-1])
     loss, nll = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        flat, weight, targets.reshape(rows), options, size, wanted
-    )
+        flat, weight, targets.reshape(rows), None if row_weights is None else row_weights.reshape(rows),
+        options, size, wanted,
+    )  # fmt: skip
     return loss, nll
 
 
-def _check(hidden: Tensor, targets: Tensor, options: _Options, chunk_size: int | None) -> None:
+def _check(
+    hidden: Tensor, targets: Tensor, row_weights: Tensor | None, options: _Options, chunk_size: int | None
+) -> None:
+    if row_weights is not None and row_weights.shape != targets.shape:
+        raise ValueError(f"row_weights: shape {tuple(row_weights.shape)}, must be {tuple(targets.shape)}, one a row")
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(f"targets: shape {tuple(targets.shape)}, must be {tuple(hidden.shape[:-1])}, a target a row")
     if not 0 <= options.label_smoothing <= 1:
@@ -144,6 +158,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor | None,
         targets: Tensor,
+        row_weights: Tensor | None,
         options: _Options,
         size: int,
         wanted: tuple[bool, bool],
@@ -160,7 +175,8 @@ class _ChunkedLoss(torch.autograd.Function):
             part = slice(start, start + size)
             rows = hidden[part].to(kind)
             logits = rows if head is None else rows @ head.T
-            loss, nll, slope = _rows(logits, targets[part], counted[part], options, wide, any(wanted))
+            weights = None if row_weights is None else row_weights[part].to(wide)
+            loss, nll, slope = _rows(logits, targets[part], counted[part], weights, options, wide, any(wanted))
             sums.append(torch.stack([loss, nll]))
             if slope is None:
                 continue
@@ -191,7 +207,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if gradient is None else (gradient.to(torch.promote_types(gradient.dtype, kind)) * scale).to(kind)
             for gradient, kind in zip(gradients, ctx.kinds, strict=True)
         ]
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
 
 
 def _kind_of_products(hidden: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -205,7 +221,13 @@ def _kind_of_products(hidden: Tensor, weight: Tensor | None) -> torch.dtype:
 
 
 def _rows(
-    logits: Tensor, targets: Tensor, counted: Tensor, options: _Options, wide: torch.dtype, sloped: bool
+    logits: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    weights: Tensor | None,
+    options: _Options,
+    wide: torch.dtype,
+    sloped: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums of the loss and of the nll over the rows that count, and the loss's gradient by the logits if `sloped`."""
     cap = options.logit_softcap
@@ -229,7 +251,8 @@ def _rows(
         loss = factor * loss
     if z_loss:
         loss = loss + z_loss * log_sum.square()
-    total = torch.where(counted, loss, zero).sum(), torch.where(counted, nll, zero).sum()
+    kept = (loss, nll) if weights is None else (loss * weights, nll * weights)
+    total = torch.where(counted, kept[0], zero).sum(), torch.where(counted, kept[1], zero).sum()
     if not sloped:
         return (*total, None)
     # Of the right token p − 1 is taken as −rest: where p is nearly 1 the difference would be all rounding.
@@ -242,4 +265,6 @@ def _rows(
         slope.sub_(torch.where(counted, factor * (smoothing / logs.shape[1]), zero)[:, None])
     if tanh is not None:
         slope.mul_(tanh.square_().neg_().add_(1))
+    if weights is not None:
+        slope.mul_(weights[:, None])
     return (*total, slope)
