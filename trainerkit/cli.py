@@ -66,6 +66,8 @@ def answering() -> Iterator[None]:
 
 
 def _main(arguments: list[str]) -> None:
+    if _run_as_child():
+        return
     if "--version" in arguments:
         from trainerkit import __version__
 
@@ -93,8 +95,6 @@ def _main(arguments: list[str]) -> None:
     if not arguments:
         _print_tasks(config_dir)
         return
-    if _run_as_child(trusted):
-        return
     overrides = _with_overrides_of_run(overrides)
     if not any(override.lstrip("+").startswith("task=") for override in overrides):
         raise UserError(_no_task(overrides))
@@ -109,7 +109,7 @@ def _main(arguments: list[str]) -> None:
     cfg = compose_config(overrides, config_dir)
     _check_trust(cfg, overrides)
     if flags:
-        _hand_to_hydra(flags, overrides, config_dir, trusted)
+        _hand_to_hydra(cfg, flags, overrides, config_dir, trusted)
     else:
         from trainerkit.plugins import AllowList
         from trainerkit.run import run
@@ -132,7 +132,7 @@ def _again(config_dir: str | None, trusted: list[str]) -> list[str]:
     return [*(["--config-dir", config_dir] if config_dir else []), *(f"allow={name}" for name in trusted)]
 
 
-def _run_as_child(trusted: list[str]) -> bool:
+def _run_as_child() -> bool:
     """In a process that Lightning started for another device: run the config that the first process resolved."""
     from trainerkit.plugins import AllowList
 
@@ -144,40 +144,36 @@ def _run_as_child(trusted: list[str]) -> bool:
     from trainerkit.run import run
 
     cfg = OmegaConf.load(path)
-    run(cfg, [], AllowList(trusted), [])  # type: ignore[arg-type]
+    run(cfg, [], AllowList(), [])  # type: ignore[arg-type]
     return True
 
 
-def _hand_to_hydra(flags: list[str], overrides: list[str], config_dir: str | None, trusted: list[str]) -> None:
+def _hand_to_hydra(
+    cfg: "DictConfig", flags: list[str], overrides: list[str], config_dir: str | None, trusted: list[str]
+) -> None:
     """Sweeps and the flags that print configs are Hydra's own."""
+    from functools import partial
+
     import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     from trainerkit.compose import CONFIG_MODULE, CONFIG_NAME
     from trainerkit.hydra_parts import check_hydra
+    from trainerkit.multirun import Sweep
     from trainerkit.plugins import AllowList, register_search_path
-
-    def job(cfg: "DictConfig") -> float | None:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            cfg.out_dir = os.path.join(cfg.out_dir, str(HydraConfig.get().job.num))
-        from trainerkit.run import run
-
-        try:
-            _check_trust(cfg, overrides)  # a config that the sweep chose may have set it
-            metrics = run(cfg, list(HydraConfig.get().overrides.task), allow, _again(config_dir, trusted))
-        except UserError as error:
-            # Hydra would print a traceback.
-            print(f"trainerkit: {error}", file=sys.stderr)
-            sys.exit(2)
-        # What a sweeper that optimizes minimizes.
-        return metrics.get("val/loss")
 
     allow = AllowList(trusted)
     check_hydra(overrides, allow, config_dir)
     register_search_path(config_dir)
-    sys.argv = [sys.argv[0], *flags, *overrides]
-    hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")(job)()
+    start = hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
+    if not {"-m", "--multirun"} & set(flags):
+        sys.argv = [sys.argv[0], *flags, *overrides]
+        start(lambda cfg: None)()  # prints a config, and runs nothing
+        return
+    trust = partial(_check_trust, overrides=overrides)  # a config that the sweep chose may have set it
+    sweep = Sweep(cfg, overrides, allow, _again(config_dir, trusted), trust)
+    sys.argv = [sys.argv[0], *flags, *sweep.overrides]
+    with sweep:
+        start(sweep.job)()
 
 
 def _with_overrides_of_run(overrides: list[str]) -> list[str]:
