@@ -47,14 +47,15 @@ def of_every_rank(trainer: Trainer, value: Any) -> list[Any]:
     return values
 
 
-def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Hand numbers to every logger there is, at the step of Lightning's own metrics of this batch.
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
+    """Hand numbers to every logger there is, at the step of Lightning's own metrics of this batch, or at another.
 
     They also go to `trainer.callback_metrics`, where other callbacks find what they monitor. Cheaper than `self.log`,
     which takes 0.4 ms a value.
     """
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped if step is None else step
     for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(dict(metrics), step=step)
     # One tensor and its parts: a tensor made for each of a hundred values takes a third of a millisecond.
     values = torch.from_numpy(np.fromiter(metrics.values(), float, len(metrics))).unbind()
     # What `trainer.callback_metrics` gives; asking for that collects all of Lightning's own metrics first.

@@ -8,7 +8,8 @@ mean, std, max_abs, zeros
 effective_rank       exp(−Σ p ln p), p = σ/Σσ
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -40,6 +41,7 @@ CHEAP = ("norm", "gradient_norm", "gradient_to_weight")
 STATISTICS = (*CHEAP, "update_to_weight", "mean", "std", "max_abs", "zeros")
 RATIOS = {"gradient_norm": "gradient_to_weight", "update_norm": "update_to_weight"}
 
+_MOST_WAITING = 256  # batches
 _MOST_PATTERNS = 256  # of parameters that have a gradient; what is known of them is forgotten then
 
 Column = tuple[Array, Array]  # places among the parameters, and a value for each
@@ -153,6 +155,15 @@ class _Measured:
     before: list[Tensor] | None = None  # their weights before the step, until it was made
 
 
+@dataclass
+class _Batch:
+    """What one batch's steps gave, on the device until the Trainer logs."""
+
+    step: int  # on the loggers' axis
+    measured: dict[int, _Measured]  # by optimizer
+    parts: list[_Measured]  # these, and what no optimizer holds
+
+
 class ParameterStats(Callback):
     """Log norms, ratios and moments of the parameters, for each layer and in total.
 
@@ -161,8 +172,9 @@ class ParameterStats(Callback):
       measured at its next. Parameters that no optimizer holds, or without a gradient, have no gradient or update.
     - The total is over all parameters; with several optimizers there is one for each (`total_0`, `total_1`).
     - A step that the gradient scaler skipped has infinite or NaN gradients and an update of 0.
-    - Where nothing is measured a step costs next to nothing, and the host never waits; where something is, everything
-      comes to the host in one copy.
+    - Where nothing is measured a step costs next to nothing. What was measured stays on the device until the Trainer
+      logs (`log_every_n_steps`), the epoch ends, or a validation or a checkpoint begins; then all of it comes to the
+      host in one copy, each measurement under its own step. The host never waits at any other time.
 
     Args:
         every_n_steps: optimizer steps between measurements of `norm`, `gradient_norm` and `gradient_to_weight`.
@@ -220,6 +232,7 @@ class ParameterStats(Callback):
         self._labels: dict[str, list[str]] = {}  # by statistic: what each group's metric is called
         self._layer_of = self._counts = np.zeros(0)
         self._measured: dict[int, _Measured] = {}  # by optimizer, in this batch
+        self._waiting: list[_Batch] = []  # until the Trainer logs
         self._hooks = StepHooks()
 
     @property
@@ -254,7 +267,7 @@ class ParameterStats(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to follow the optimizers."""
-        self._held, self._places, self._groups = {}, {}, None
+        self._held, self._places, self._groups, self._waiting = {}, {}, None, []
         self._often.start(trainer)
         self._fully.start(trainer)
         self._hooks.attach(trainer, self._after_step)
@@ -271,22 +284,42 @@ class ParameterStats(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what this batch's steps gave."""
+        """Keep what this batch's steps gave, and log where the Trainer does."""
         if self._measured:
-            measured, self._measured = self._measured, {}
-            self._log(trainer, measured)
+            self._waiting.append(self._of_batch(trainer))
+        epoch = trainer.fit_loop.epoch_loop
+        if self._waiting and (
+            trainer._logger_connector.should_update_logs
+            or epoch._is_training_done
+            or len(self._waiting) >= _MOST_WAITING
+        ):
+            self._log_waiting(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, for what validates may ask for a metric."""
+        self._log_waiting(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Log: a run that goes on from here measures none of it again."""
+        self._log_waiting(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what is left where another callback ended the run."""
+        self._log_waiting(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizers."""
         self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the optimizers."""
+        """Log what is left, and leave the optimizers."""
+        with suppress(RuntimeError):  # the device may be what failed
+            self._log_waiting(trainer)
         self._leave()
 
     def _leave(self) -> None:
         self._hooks.detach()
-        self._measured = {}
+        self._measured, self._waiting = {}, []
 
     def _of(self, index: int, optimizer: Optimizer) -> _Held:
         """Of one optimizer's parameters, looked up when their number changes, as by an unfreezing."""
@@ -360,26 +393,38 @@ class ParameterStats(Callback):
 
     # The host's part
 
-    def _log(self, trainer: Trainer, measured: dict[int, _Measured]) -> None:
+    def _of_batch(self, trainer: Trainer) -> _Batch:
+        measured, self._measured = self._measured, {}
         for one in measured.values():
             if one.before is not None:  # no step was made
                 one.columns["update_norm"] = one.moving, torch.zeros(len(one.moving), device=one.before[0].device)
+                one.before = None
         parts = list(measured.values())
         if sum(len(one.rows) for one in parts) < len(self._parameters):
             held = set(self._held_by(trainer.optimizers))
             others = [row for row in range(len(self._parameters)) if row not in held]
             if others:
                 parts.append(self._measure(self._holding(others), any(one.full for one in parts), gradients=False))
-        columns = self._to_host(trainer, parts)
+        return _Batch(step_number(trainer) - 1, measured, parts)
+
+    def _log_waiting(self, trainer: Trainer) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            pieces = self._to_host([part for batch in waiting for part in batch.parts])
+            for batch in waiting:
+                self._log(trainer, batch, pieces)
+
+    def _log(self, trainer: Trainer, batch: _Batch, pieces: Iterator[Array]) -> None:
+        columns = self._placed(trainer, batch, pieces)
         joined = {name: _joined([part[name] for part in columns if name in part]) for name in _names(columns)}
         optimizers = len(trainer.optimizers)
         groups = self._groups
-        if groups is None or len(parts) > 1:
-            groups = self._grouped(measured, optimizers)
-            self._groups = groups if optimizers == len(parts) == 1 else None
+        if groups is None or len(batch.parts) > 1:
+            groups = self._grouped(batch.measured, optimizers)
+            self._groups = groups if optimizers == len(batch.parts) == 1 else None
         found = summarize(joined, np.concatenate([self._counts, self._counts]), groups)
         names = [*self._layers, *(["total"] if optimizers == 1 else [f"total_{i}" for i in range(optimizers)])]
-        log_metrics(trainer, self._named(found, names))
+        log_metrics(trainer, self._named(found, names), batch.step)
 
     def _grouped(self, measured: Mapping[int, _Measured], optimizers: int) -> Groups:
         """Every parameter counts twice, for its layer and for its total; the last group is of what is in no total."""
@@ -401,19 +446,26 @@ class ParameterStats(Callback):
                 named |= {labels[group]: value for group, value in pairs if group < len(labels)}
         return named
 
-    def _to_host(self, trainer: Trainer, parts: Sequence[_Measured]) -> list[dict[str, Column]]:
-        """Everything in one copy; each parameter twice, as places r and r + n."""
-        found = [tensor for part in parts for _, tensor in part.columns.values()]
-        found += [tensor for part in parts for tensor in part.histograms.values()]
+    @staticmethod
+    def _to_host(parts: Sequence[_Measured]) -> Iterator[Array]:
+        """Everything in one copy; then part by part, in their order, the columns and the histograms."""
+        found = [
+            tensor
+            for part in parts
+            for tensor in (*(column for _, column in part.columns.values()), *part.histograms.values())
+        ]
         if any(tensor.device != found[0].device for tensor in found):
             found = [tensor.to(found[0].device) for tensor in found]
         values = torch.cat(found).numpy(force=True).astype(float)
         ends = accumulate(len(tensor) for tensor in found)
-        pieces = (values[end - len(tensor) : end] for tensor, end in zip(found, ends, strict=True))
-        columns: list[dict[str, Column]] = []
+        return (values[end - len(tensor) : end] for tensor, end in zip(found, ends, strict=True))
+
+    def _placed(self, trainer: Trainer, batch: _Batch, pieces: Iterator[Array]) -> list[dict[str, Column]]:
+        """The columns of a batch's parts; each parameter twice, as places r and r + n."""
         if len(self._places) > _MOST_PATTERNS:
             self._places, self._groups = {}, None
-        for part in parts:
+        columns: list[dict[str, Column]] = []
+        for part in batch.parts:
             columns.append({})
             for name, (rows, _) in part.columns.items():
                 key = tuple(rows)
@@ -422,12 +474,11 @@ class ParameterStats(Callback):
                     self._places[key] = np.concatenate([place, place + len(self._parameters)])
                 piece = next(pieces)
                 columns[-1][name] = self._places[key], np.concatenate([piece, piece])
-        for part in parts:
             for name in part.histograms:
-                self._keep_histogram(trainer, name, next(pieces))
+                self._keep_histogram(trainer, name, next(pieces), batch.step)
         return columns
 
-    def _keep_histogram(self, trainer: Trainer, name: str, found: Array) -> None:
+    def _keep_histogram(self, trainer: Trainer, name: str, found: Array, step: int) -> None:
         low, high, total, squares = found[:4].tolist()
         if not (np.isfinite(low) and np.isfinite(high)):
             return
@@ -439,7 +490,7 @@ class ParameterStats(Callback):
             if callable(add):
                 add(
                     f"{self.prefix}/{name}", low, high, int(counts.sum()), total, squares,
-                    edges[1:].tolist(), counts.tolist(), step_number(trainer) - 1,
+                    edges[1:].tolist(), counts.tolist(), step,
                 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """What the statistics callbacks cost: `python -m tests.benchmarks.statistics`.
 
 The documented masked autoencoder, batches of 128, gradient clipping, a CSV logger. In each run every second step is
-measured; the cost is the median difference of neighbouring steps, so that a machine that slows down slows both. All
-default callbacks together beside none.
+measured; the cost is the median difference of neighbouring steps, so that a machine that slows down slows both, and a
+measurement's share of the time in which ParameterStats logs what waits. All default callbacks together beside none.
 Then the reduction alone, on 800 small tensors, beside Lightning's `grad_norm`, which has no weights' norms.
 """
 
@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -70,20 +70,29 @@ def steps(callbacks: list[pl.Callback], folder: Path) -> list[float]:
     return [end - start for start, end in zip(starts.times, starts.times[1:], strict=False)][2:]
 
 
-def pairs(callback: pl.Callback, folder: Path) -> list[tuple[float, float]]:
-    """Seconds of each step that is not measured and of the measured one after it."""
-    took = steps([callback], folder)
-    return list(zip(took[::2], took[1::2], strict=True))
+def pairs(callback: pl.Callback, folder: Path) -> tuple[list[tuple[float, float]], float]:
+    """Seconds of each step that is not measured and of the measured one after it; a measurement's of the logging.
+
+    All that waits is logged in the last step, which is in no pair.
+    """
+    logging = Inside([callback], ("_log_waiting",))
+    took = steps([callback], folder)[:-2]
+    return list(zip(took[::2], took[1::2], strict=True)), logging.seconds / (STEPS // 2)
+
+
+HOOKS = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
+    "on_train_batch_end", "_after_step",
+)  # fmt: skip
 
 
 class Inside:
     """Seconds spent inside callbacks during batches: their hooks, and what they do after the optimizer's step."""
 
-    def __init__(self, callbacks: list[pl.Callback]) -> None:
+    def __init__(self, callbacks: list[pl.Callback], names: Sequence[str] = HOOKS) -> None:
         self.seconds = 0.0
         for callback in callbacks:
-            for name in ("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
-                         "on_before_optimizer_step", "on_train_batch_end", "_after_step"):  # fmt: skip
+            for name in names:
                 if hasattr(callback, name):
                     setattr(callback, name, self.timed(getattr(callback, name)))
 
@@ -122,18 +131,21 @@ def default_stack(rounds: int) -> None:
 
 def measured_steps(rounds: int) -> None:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURED}
+    logging: dict[str, list[float]] = {name: [] for name in MEASURED}
     for turn in range(SMALLEST * rounds):
         for name, make in MEASURED.items():
             if turn % SMALLEST == 0 or name == NORMS:  # a small difference needs many pairs
                 with tempfile.TemporaryDirectory() as folder:
-                    found[name] += pairs(make(), Path(folder))
+                    more, seconds = pairs(make(), Path(folder))
+                    found[name] += more
+                    logging[name].append(seconds)
     by_hand_step = measure({"hand-written": by_hand(BATCH)}, min(rounds, 3))["hand-written"]
     print(f"\nA measured step of the documented model, batches of {BATCH}")
     print(f"  the hand-written step takes {by_hand_step * 1e3:.1f} ms")
     for name, steps in found.items():
         without = statistics.median(off for off, _ in steps)
         differences = sorted(on - off for off, on in steps)
-        more = statistics.median(differences)
+        more = statistics.median(differences) + statistics.median(logging[name])
         # Of a median: 1.25 standard errors of a mean, these from the middle half.
         spread = (differences[len(steps) * 3 // 4] - differences[len(steps) // 4]) / 1.35
         error = 1.25 * spread / len(steps) ** 0.5

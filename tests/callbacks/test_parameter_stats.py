@@ -345,7 +345,12 @@ def test_a_second_fit_begins_anew_and_leaves_no_hooks(tmp_path):
     assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
 
 
-def test_the_host_waits_once_on_a_step_that_logs_and_never_on_others(tmp_path):
+@pytest.mark.parametrize(
+    ("every", "log_every", "waiting"), [(2, 2, [0, 1, 0, 1]), (1, 2, [0, 1, 0, 1]), (1, 50, [0, 0, 0, 1])]
+)
+def test_the_host_waits_once_where_the_trainer_logs_or_the_epoch_ends_and_nowhere_else(
+    tmp_path, every, log_every, waiting
+):
     waits = []
     counter = SyncCounter()
 
@@ -364,13 +369,89 @@ def test_the_host_waits_once_on_a_step_that_logs_and_never_on_others(tmp_path):
     class Last(Window):
         on_train_batch_start = Callback.on_train_batch_start
 
-    stats = ParameterStats(2, 4, effective_rank=True, histograms=True)
+    stats = ParameterStats(every, 2 * every, effective_rank=True, histograms=True)
     with counter:
-        trainer = toy_trainer(tmp_path, [First(), stats, Last()], max_epochs=2)
+        trainer = toy_trainer(tmp_path, [First(), stats, Last()], max_epochs=2, log_every_n_steps=log_every)
         trainer.fit(Net(foreach=True), toy_loader())
     # AdamW itself asks for its step count, which stands on the host.
     bare = min(waits)
-    assert [w - bare for w in waits] == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert [w - bare for w in waits] == 2 * waiting
+
+
+def test_what_waits_is_logged_under_its_own_step_with_its_own_numbers(tmp_path):
+    given = []
+
+    class Told(Log):
+        def log_metrics(self, metrics, step=None):
+            if "parameters/norm/total" in metrics:
+                given.append((step, trainer.global_step))
+            super().log_metrics(metrics, step)
+
+    observed, log = Observed(), Told()
+    trainer = toy_trainer(
+        tmp_path, [ParameterStats(1, 2, histograms=True), observed], max_epochs=1, logger=log, log_every_n_steps=3
+    )
+    torch.manual_seed(0)
+    trainer.fit(Net(), toy_loader())
+    assert given == [(0, 3), (1, 3), (2, 3), (3, 4)]
+    for step, row in log.rows.items():
+        compare(row, {key: value for key, value in naive(observed.steps[step], LAYER_OF).items() if key in row})
+    assert float(trainer.callback_metrics["parameters/norm/total"]) == log.rows[3]["parameters/norm/total"]
+
+
+@pytest.mark.parametrize("why", ["checkpoint", "validation", "stop", "most", "ctrl_c", "broken_device"])
+def test_nothing_that_waits_is_lost(tmp_path, why, monkeypatch):
+    """What follows a checkpoint is measured again by the run that goes on; what validates may monitor a metric."""
+    rows_then = []
+
+    class Acts(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx != 1:
+                return
+            if why == "checkpoint":
+                trainer.save_checkpoint(tmp_path / "1.ckpt")
+                rows_then.extend(log.rows)
+            elif why == "stop":
+                trainer.should_stop = True
+            elif why == "ctrl_c":
+                raise KeyboardInterrupt
+            elif why == "broken_device":
+                monkeypatch.setattr(stats, "_to_host", broken)
+                raise RuntimeError("the first error")
+
+        def on_validation_start(self, trainer, pl_module):
+            rows_then.extend(log.rows)
+
+    def broken(parts):
+        raise RuntimeError("the device is gone")
+
+    class Validates(Net):
+        def validation_step(self, batch, batch_idx):
+            """Lightning wants one."""
+
+    log, stats = Log(), ParameterStats(1, 100)
+    if why == "most":
+        monkeypatch.setattr("trainerkit.callbacks.parameter_stats._MOST_WAITING", 2)
+        monkeypatch.setattr(Acts, "on_train_batch_end", lambda *_: rows_then.append(list(log.rows)))
+    validation = (
+        {"val_check_interval": 2} if why == "validation" else {"limit_val_batches": 0}
+    )
+    trainer = toy_trainer(tmp_path, [stats, Acts()], max_epochs=1, logger=log, **validation)
+    loaders = [toy_loader(), toy_loader()]
+    if why in ("ctrl_c", "broken_device"):
+        with pytest.raises((SystemExit, KeyboardInterrupt, RuntimeError)) as raised:
+            trainer.fit(Validates(), *loaders)
+        assert list(log.rows) == ([0, 1] if why == "ctrl_c" else [])
+        assert "the device is gone" not in str(raised.value)
+        return
+    trainer.fit(Validates(), *loaders)
+    if why == "stop":
+        assert list(log.rows) == [0, 1]
+    elif why == "most":
+        assert rows_then == [[], [0, 1], [0, 1], [0, 1, 2, 3]]
+    else:
+        assert rows_then[:2] == [0, 1]
+        assert list(log.rows) == [0, 1, 2, 3]
 
 
 def test_histograms_are_kept_and_go_to_the_loggers_that_take_them(tmp_path):
