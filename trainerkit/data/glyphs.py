@@ -49,9 +49,9 @@ class Glyphs(PairModule):
     """The same character in two faces, and its name.
 
     A training row is a character: `query_image` and `positive_image` show it in two faces drawn anew each epoch,
-    `query_text` has its name. The evaluation sets are `sans_to_serif`, `sans_to_mono_oblique`,
-    `sans_to_serif_bolditalic` (pictures to pictures) and `text_to_sans` (names to pictures). Prediction gives the
-    unseen characters in Sans.
+    `query_text` has its name, `label` its number among the characters of training. The evaluation sets are
+    `sans_to_serif`, `sans_to_mono_oblique`, `sans_to_serif_bolditalic` (pictures to pictures) and `text_to_sans` (names
+    to pictures). Prediction gives the unseen characters in Sans.
 
     Args:
         image_size: side of a picture; the font's size is 11/16 of it.
@@ -140,6 +140,11 @@ class Glyphs(PairModule):
         self.setup("test")
         return self._codes
 
+    @property
+    def classes(self) -> int:
+        """How many characters are trained on."""
+        return len(self.train_dataset)
+
     def describe(self, index: int, side: Literal["query", "positive"]) -> str:
         """The character and its name."""
         character = chr(self.codes[index])
@@ -159,6 +164,8 @@ class Glyphs(PairModule):
         names = self._tokens([unicodedata.name(chr(code)) for code in self._codes])
         roles = torch.tensor([role_of(code, self._val_fraction) for code in self._codes])
         train, val, test = ((roles == role).nonzero()[:, 0] for role in range(3))
+        labels = torch.full_like(roles, -1)
+        labels[train] = torch.arange(len(train))
         query = Side(
             names if "text" in self._queries else None,
             TwoFaces(pictures, second=False) if "image" in self._queries else None,
@@ -176,7 +183,13 @@ class Glyphs(PairModule):
 
         return PairSets(
             train=PairDataset(
-                query, positive, train, augmentation=self._augmentation, mined=self.mined_negatives, seed=self.seed
+                query,
+                positive,
+                train,
+                labels=labels,
+                augmentation=self._augmentation,
+                mined=self.mined_negatives,
+                seed=self.seed,
             ),
             mining=PairDataset(query, positive, train, seed=self.seed, counted=True),
             val=evaluation(val),

@@ -13,10 +13,11 @@ A scalar comes back, in float32 or, of float64, in float64, under autocast too.
 """
 
 from trainerkit.tasks.retrieval.losses.cosent import CoSENT
+from trainerkit.tasks.retrieval.losses.cosface import CosFace
 from trainerkit.tasks.retrieval.losses.info_nce import InfoNCE, LateInteraction
 from trainerkit.tasks.retrieval.losses.matryoshka import Matryoshka
 from trainerkit.tasks.retrieval.losses.sigmoid import SigLIP
 from trainerkit.tasks.retrieval.losses.sup_con import SupCon
 from trainerkit.tasks.retrieval.losses.triplet import Triplet
 
-__all__ = ["CoSENT", "InfoNCE", "LateInteraction", "Matryoshka", "SigLIP", "SupCon", "Triplet"]
+__all__ = ["CoSENT", "CosFace", "InfoNCE", "LateInteraction", "Matryoshka", "SigLIP", "SupCon", "Triplet"]
