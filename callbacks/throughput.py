@@ -20,6 +20,7 @@ from torch import Tensor
 from trainerkit.callbacks._measure import FlopCounter, Stopwatch, leading_dimension, sum_over_ranks, synchronize
 from trainerkit.callbacks._peak_flops import dense_peak, matmul_kind
 from trainerkit.callbacks._trainer import is_stepping, log_metrics, step_number
+from trainerkit.fsdp import same_batch
 
 Count = int | Tensor
 
@@ -287,7 +288,8 @@ class Throughput(Callback):
         in_window = self._samples - self._at_start[0]
         flops = in_window * (self._flops_per_sample or 0)
         counts: list[float | Tensor] = [in_window, self._tokens - self._at_start[1], flops, self._samples, self._tokens]
-        sums = sum_over_ranks(trainer, [self._watch.seconds, self._watch.waited, *counts])
+        group = same_batch(trainer.strategy)  # under tensor parallelism several ranks count the same samples
+        sums = sum_over_ranks(trainer, [self._watch.seconds, self._watch.waited, *(count / group for count in counts)])
         window = Window(sums[0], sums[1], self._steps, sums[2])
         window.tokens = None if self.tokens is None else sums[3]
         window.flops = None if self._flops_per_sample is None else sums[4]

@@ -197,10 +197,10 @@ def _stacks(process: subprocess.Popen) -> tuple[str, str]:
         return process.communicate()
 
 
-def two_processes(work: Callable[[int], object], folder: Path) -> list[dict]:
+def two_processes(work: Callable[[int], object], folder: Path, number: int = 2) -> list[dict]:
     """What `work(rank)` gave or raised ("error", with its class) in two forked processes that Lightning takes for ranks.
 
-    `work` makes a Trainer with `devices=2, strategy="ddp"`.
+    `work` makes a Trainer with `devices=2, strategy="ddp"`; `number` is for those that need more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -215,7 +215,7 @@ def two_processes(work: Callable[[int], object], folder: Path) -> list[dict]:
         (folder / f"outcome{rank}.json").write_text(json.dumps(outcome))
         os._exit(0)  # without pytest's own end
 
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(2)]
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(number)]
     for process in processes:
         process.start()
     outcomes = []

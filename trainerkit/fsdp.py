@@ -6,6 +6,9 @@ DistributedDataParallel computes, in 1/N of its memory for parameters, gradients
 
     python -m trainerkit task=mae trainer=fsdp
 
+With tensor parallelism (`trainer=fsdp_tp`) the devices form a grid: those of a row share each matrix product out among
+them and see the same batch, those of a column see different batches and keep pieces of the same part.
+
 Source: Y. Zhao et al., 'PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel', 2023;
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
@@ -15,15 +18,17 @@ from collections.abc import Iterator
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy with all devices in one data-parallel group.
+    """Lightning's ModelParallelStrategy with all devices in one data-parallel group, or in a grid of them.
 
     The LightningModule cuts its network in `configure_model`, as `trainerkit.task.Task` does.
 
@@ -31,15 +36,27 @@ class FSDP2(ModelParallelStrategy):
         save_distributed_checkpoint: each process writes its pieces, into a folder that any number of processes reads.
             False gathers everything in the first process's memory, for a checkpoint of one file.
         process_group_backend: None for NCCL between GPUs and gloo between CPUs.
+        tensor_parallel_size: devices that share each matrix product out, neighbours in rank; must divide their number.
 
     Raises:
-        ValueError: when a stage starts with one device.
+        ValueError: for a size below 1; when a stage starts with one device, or a number that the size does not divide.
     """
 
-    def __init__(self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        tensor_parallel_size: int = 1,
+    ) -> None:
+        if tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size={tensor_parallel_size}: must be 1 or more")
         super().__init__(
-            save_distributed_checkpoint=save_distributed_checkpoint, process_group_backend=process_group_backend
+            data_parallel_size=1,
+            tensor_parallel_size=tensor_parallel_size,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
         )
+        self._beside = tensor_parallel_size
 
     def setup_environment(self) -> None:
         """Start the processes' group."""
@@ -49,7 +66,11 @@ class FSDP2(ModelParallelStrategy):
                 f"trainer.devices={processes}: trainer=fsdp shares parameters out over devices and needs 2 or more; "
                 "take trainer=auto for one"
             )
-        self._data_parallel_size, self._tensor_parallel_size = processes, 1
+        if processes % self._beside:
+            raise ValueError(
+                f"trainer.strategy.tensor_parallel_size={self._beside}: must divide the number of devices, {processes}"
+            )
+        self._data_parallel_size, self._tensor_parallel_size = processes // self._beside, self._beside
         super().setup_environment()
 
 
@@ -105,6 +126,35 @@ def policy(precision: str) -> MixedPrecisionPolicy:
     gathered = torch.bfloat16 if precision == "bf16-mixed" else None
     # Autocast chooses the inputs' type for each operation.
     return MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def same_batch(strategy: object) -> int:
+    """How many processes see each batch: those of a tensor-parallel group; 1 without."""
+    return strategy.device_mesh["tensor_parallel"].size() if isinstance(strategy, ModelParallelStrategy) else 1
+
+
+def check_same_batch(batch: object, mesh: DeviceMesh) -> None:
+    """Compare the first numbers of each tensor of a batch over a tensor-parallel group.
+
+    Raises:
+        ValueError: on every process, if two of them have different ones.
+    """
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    numbers = [torch.tensor([float(size) for size in leaf.shape]) for leaf in tensors]
+    numbers += [leaf.detach().flatten()[:64].double().cpu() for leaf in tensors]
+    mine = [number.tolist() for number in numbers]
+    everybodys: list[object] = [None] * mesh.size()
+    torch.distributed.all_gather_object(everybodys, mine, group=mesh.get_group())
+    if any(other != mine for other in everybodys):
+        raise ValueError(
+            f"tensor_parallel_size={mesh.size()}: must be 1 with these data, which give the devices of a group "
+            "different batches; a loader takes its share by trainer.strategy.distributed_sampler_kwargs"
+        )
+
+
+def local(parameter: Tensor) -> Tensor:
+    """A parameter that every device of a tensor-parallel group holds whole, as a plain tensor; others as they are."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def is_cut(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.modules.batchnorm._NormBase)
@@ -74,8 +74,8 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module, *, allo
             clipped before the step.
 
     Returns:
-        The optimizer. `fused` is switched on where the class has it, the partial leaves it at None, and all
-        parameters are floating point on one kind of device.
+        The optimizer. `fused` is switched on where the class has it, the partial leaves it at None, and all parameters
+        are floating point on one kind of device; where they are in pieces (FSDP2), only Adam's.
     """
     given = dict(getattr(factory, "keywords", {}))
     known = inspect.signature(factory).parameters
@@ -89,8 +89,13 @@ def make_optimizer(factory: Callable[..., Optimizer], module: nn.Module, *, allo
     chosen_otherwise = any(given.get(name) for name in ("foreach", "capturable", "differentiable"))
     extra: dict[str, Any] = {}
     if "fused" in known and given.get("fused") is None and not chosen_otherwise:
-        kinds = {parameter.device.type for group in groups for parameter in group["params"]}
-        extra["fused"] = allow_fused and kinds in ({"cpu"}, {"cuda"})
+        every = [parameter for group in groups for parameter in group["params"]]
+        kind = getattr(factory, "func", factory)
+        # Of the fused kernels torch cuts Adam's alone.
+        can_cut = isinstance(kind, type) and issubclass(kind, (Adam, AdamW))
+        whole = not any(hasattr(parameter, "_local_tensor") for parameter in every)
+        devices = {parameter.device.type for parameter in every}
+        extra["fused"] = allow_fused and (whole or can_cut) and devices in ({"cpu"}, {"cuda"})
     return factory(groups, **extra)
 
 

@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainerkit import fsdp
+from trainerkit.networks import checkpoint_blocks, compile_networks
 from trainerkit.optim import make_optimizer, make_scheduler
 
 OptimizerFactory = Callable[..., Optimizer]
@@ -86,26 +87,42 @@ class Task(LightningModule):
             hparams.update(plain)
 
     def configure_model(self) -> None:
-        """Cut the networks into pieces where the strategy is FSDP2, and compile them where the Trainer says so.
+        """What the Trainer says: blocks that compute again, pieces where the strategy is FSDP2, compiled networks.
 
         Lightning calls it once a stage; what is done already is left alone.
         """
         if self._trainer is None:  # as in load_from_checkpoint
             return
         strategy: Any = self.trainer.strategy
+        if getattr(self.trainer, "checkpoint_activations", False):
+            checkpoint_blocks(self.networks())
         if isinstance(strategy, ModelParallelStrategy) and not fsdp.is_cut(self):
+            if fsdp.same_batch(strategy) > 1:
+                self.parallelize(strategy.device_mesh["tensor_parallel"])
             self.shard(strategy.device_mesh["data_parallel"])
         compiler = getattr(self.trainer, "compiler", None)
         if compiler is not None:
-            for part in self.networks():
-                # FSDP2 gathers each block in hooks, which no graph goes through.
-                for compiled in fsdp.blocks(part) if fsdp.is_cut(part) else (part,):
-                    if compiled._compiled_call_impl is None:
-                        compiled.compile(**compiler)
+            compile_networks(self.networks(), compiler, strategy.root_device)
 
     def networks(self) -> list[nn.Module]:
         """What is called as a whole: the direct children that have parameters."""
         return [child for child in self.children() if next(child.parameters(), None) is not None]
+
+    def parallelize(self, mesh: DeviceMesh) -> None:
+        """Share matrix products out over devices, before `shard`; a subclass whose network can overrides it.
+
+        Every parameter has to become a DTensor on `mesh`, also those that stay whole, or gradients cannot be clipped.
+
+        Args:
+            mesh: of a tensor-parallel group, one-dimensional; its processes see the same batches.
+
+        Raises:
+            ValueError: here always.
+        """
+        raise ValueError(
+            f"trainer.strategy.tensor_parallel_size={mesh.size()}: must be 1 for {type(self).__name__}, whose network "
+            "has no plan for tensor parallelism; take trainer=fsdp"
+        )
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Cut each of `networks` into pieces (`trainerkit.fsdp.shard`); a subclass may do it in its own way.
@@ -222,7 +239,7 @@ class Task(LightningModule):
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         reduced = self.trainer.strategy.reduce(tensor, reduce_op="sum")
         assert isinstance(reduced, Tensor)
-        return [float(value) for value in reduced.tolist()]
+        return [float(value) / fsdp.same_batch(self.trainer.strategy) for value in reduced.tolist()]
 
 
 def _is_plain(name: str) -> bool:

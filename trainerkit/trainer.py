@@ -13,7 +13,9 @@ _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagra
 
 
 class Trainer(pl.Trainer):
-    """`lightning.pytorch.Trainer` plus `enable_tf32`, `compile` and `precision='auto'`; all else is Lightning's.
+    """`lightning.pytorch.Trainer` and `enable_tf32`, `compile`, `checkpoint_activations`, `precision='auto'`.
+
+    All else is Lightning's.
 
     Small steps cost less: see `trainerkit.loop`.
 
@@ -23,7 +25,9 @@ class Trainer(pl.Trainer):
         enable_tf32: let CUDA matrix products and convolutions round float32 inputs to TF32 (Ampere and later):
             several times faster, about three decimal digits. False leaves torch's settings as they are.
         compile: have a Task's networks compiled by `torch.compile`, in place, so that no name in a checkpoint changes;
-            True, a mode of torch.compile, or its keyword arguments.
+            True, a mode of torch.compile, or its keyword arguments. Where no compiler works, a warning says so.
+        checkpoint_activations: have the repeated blocks of a Task's networks keep their inputs only, and compute the
+            rest again in the backward pass: less memory, about a third more time (`trainerkit.networks`).
         **kwargs: see `lightning.pytorch.Trainer`.
 
     Raises:
@@ -32,6 +36,7 @@ class Trainer(pl.Trainer):
 
     Attributes:
         compiler: keyword arguments for `torch.compile`, or None; `Task.configure_model` reads it.
+        checkpoint_activations: likewise.
     """
 
     # Lightning's connectors set these, so that type checkers do not see them.
@@ -43,6 +48,7 @@ class Trainer(pl.Trainer):
         *,
         enable_tf32: bool = False,
         compile: bool | str | dict[str, Any] = False,
+        checkpoint_activations: bool = False,
         precision: _PRECISION_INPUT | Literal["auto"] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -50,6 +56,7 @@ class Trainer(pl.Trainer):
         if clip is not None and clip < 0:
             raise ValueError(f"gradient_clip_val={clip}: must be 0 or more, or null not to clip")
         self.compiler = _compiler(compile)
+        self.checkpoint_activations = checkpoint_activations
         if precision == "auto":
             precision = "bf16-mixed" if multiplies_bfloat16(str(kwargs.get("accelerator", "auto"))) else "32-true"
         if isinstance(kwargs.get("strategy"), FSDP2):

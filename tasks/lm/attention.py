@@ -99,7 +99,7 @@ class CausalAttention(nn.Module):
             mask: True where a token may look, (B or 1, 1, T, S + T); None for all that are not later.
             cache: keys and values of the S tokens before, to which these are added.
         """
-        batch, tokens, width = x.shape
+        batch, tokens, _ = x.shape
         heads = self.qkv(x).view(batch, tokens, -1, self.head_dim)
         query, key, value = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
         query, key = self.query_norm(query), self.key_norm(key)
@@ -117,7 +117,7 @@ class CausalAttention(nn.Module):
             is_causal=mask is None and tokens > 1,
             enable_gqa=self.n_kv_heads != self.n_heads,
         )
-        mixed: Tensor = self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
+        mixed: Tensor = self.out(attended.transpose(1, 2).reshape(batch, tokens, -1))
         return mixed
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainerkit.fsdp import local
 from trainerkit.nn.lora import Lora, add_lora, as_lora
 from trainerkit.tasks.lm.attention import CausalAttention, document_mask, document_positions, rotary_table
 from trainerkit.tasks.lm.block import Activation, Block, FeedForward, Norm, default_d_ff, make_norm
@@ -169,7 +170,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, rotary, mask, None if cache is None else cache.layers[number])
         weight = self.token_embedding.weight if self.output is None else self.output.weight
-        return (head or self.logits)(self.final_norm(x), weight)
+        return (head or self.logits)(self.final_norm(x), local(weight))
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Capped logits (…, V) of hidden states (…, D) and output weights (V, D)."""

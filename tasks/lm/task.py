@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 
 from trainerkit import fsdp
@@ -18,6 +19,7 @@ from trainerkit.functional.flops import decoder_flops_per_token
 from trainerkit.task import OptimizerFactory, SchedulerFactory, Task
 from trainerkit.tasks.lm.generation import check_sampling, generate
 from trainerkit.tasks.lm.network import GPT
+from trainerkit.tasks.lm.tensor_parallel import parallelize
 
 IGNORED = -100  # a target that is not predicted
 
@@ -91,6 +93,7 @@ class LanguageModelTask(Task):
             "logit_softcap": network.logit_softcap,
             "chunk_size": chunk_size,
         }
+        self._group: DeviceMesh | None = None  # of the devices that see the same batches
         self.max_new_tokens = max_new_tokens
         self._sampling: dict[str, Any] = {
             "temperature": temperature,
@@ -104,9 +107,16 @@ class LanguageModelTask(Task):
         logits: Tensor = self.network(tokens)
         return logits
 
+    def parallelize(self, mesh: DeviceMesh) -> None:
+        """Share attention heads and feed-forward layers out (`trainerkit.tasks.lm.tensor_parallel`)."""
+        parallelize(self.network, mesh)
+        self._group = mesh
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Predict each next token."""
         batch = with_targets(batch)
+        if self._group is not None and batch_idx == 0:
+            fsdp.check_same_batch(batch, self._group)
         loss, _ = self._losses(batch)
         self.track("train/loss", loss, weight=_counted(batch["targets"]))
         return loss

@@ -19,6 +19,17 @@ Batch = dict[str, Tensor]
 Source = Tensor | NDArray[Any]
 
 
+def ranks_of(trainer: Any) -> dict[str, int]:
+    """`num_replicas` and `rank` of `EpochBatches`, or nothing without a Trainer.
+
+    They count the groups that see different batches: under tensor parallelism fewer than processes.
+    """
+    if trainer is None:
+        return {}
+    alone = {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
+    return dict(getattr(trainer.strategy, "distributed_sampler_kwargs", alone))
+
+
 class ArrayDataset(Dataset[Batch]):
     """Rows of named arrays; indexing with a tensor of positions gives a whole batch.
 

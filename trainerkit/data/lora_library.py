@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches
+from trainerkit.data.loader import ArrayDataset, BatchLoader, EpochBatches, ranks_of
 from trainerkit.data.lora_contents import LibraryContents
 from trainerkit.data.lora_dataset import LoraBatches, LoraDataset
 from trainerkit.data.lora_examples import ExampleFiles
@@ -174,8 +174,7 @@ class LoraLibrary(LibraryContents):
         return BatchLoader(dataset, batches, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
     def _world(self) -> dict[str, int]:
-        trainer = self.trainer
-        return {"num_replicas": trainer.world_size, "rank": trainer.global_rank} if trainer else {}
+        return ranks_of(self.trainer)
 
     def _none_for(self, name: str) -> str:
         fractions = f"val_fraction={self._fractions[0]}, test_fraction={self._fractions[1]}"

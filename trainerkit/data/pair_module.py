@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 
-from trainerkit.data.loader import BatchLoader, EpochBatches
+from trainerkit.data.loader import BatchLoader, EpochBatches, ranks_of
 from trainerkit.data.pair_dataset import PairBatches, PairDataset
 from trainerkit.errors import UserError
 
@@ -126,8 +126,7 @@ class PairModule(LightningDataModule):
         return [self._in_order(dataset) for dataset in (*query, self.sets.rows)]
 
     def _world(self) -> dict[str, int]:
-        trainer = self.trainer
-        return {"num_replicas": trainer.world_size, "rank": trainer.global_rank} if trainer else {}
+        return ranks_of(self.trainer)
 
     def _in_order(self, dataset: PairDataset) -> BatchLoader:
         batches = EpochBatches(len(dataset), self.batch_size, shuffle=False, even=False, **self._world())

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainerkit.data.loader import ArrayDataset, Batch, BatchLoader, EpochBatches
+from trainerkit.data.loader import ArrayDataset, Batch, BatchLoader, EpochBatches, ranks_of
 from trainerkit.data.tables import Table, check_finite, mean_and_std, read_table
 
 Split = Literal["train", "val", "test"]
@@ -205,8 +205,8 @@ class SpectraData(LightningDataModule):
 
     def _loader(self, name: str, *, shuffle: bool = False, even: bool = False) -> BatchLoader:
         dataset = self._datasets[name]
-        world = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank} if self.trainer else {}
-        batches = EpochBatches(len(dataset), self.batch_size, shuffle=shuffle, seed=self.seed, even=even, **world)
+        ranks = ranks_of(self.trainer)
+        batches = EpochBatches(len(dataset), self.batch_size, shuffle=shuffle, seed=self.seed, even=even, **ranks)
         return BatchLoader(dataset, batches, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
     def _check_length(self, bands: int) -> None:

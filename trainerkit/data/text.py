@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 
-from trainerkit.data.loader import BatchLoader
+from trainerkit.data.loader import BatchLoader, ranks_of
 from trainerkit.data.prompts import check_prompts, prompt_loader
 from trainerkit.data.text_cache import Corpus, default_cache_dir, tokenized
 from trainerkit.data.text_files import SPLITS, Source, SplitBy, find_sources
@@ -263,8 +263,7 @@ class TextData(LightningDataModule):
         return self._tokenizer.vocab_size
 
     def _world(self) -> dict[str, int]:
-        trainer = self.trainer
-        return {"num_replicas": trainer.world_size, "rank": trainer.global_rank} if trainer else {}
+        return ranks_of(self.trainer)
 
     def _evaluation(self, split: int) -> BatchLoader | list[Any]:
         stream = self.corpus.stream(split)

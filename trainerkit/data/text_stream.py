@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from trainerkit.data.loader import Batch, BatchLoader
+from trainerkit.data.loader import Batch, BatchLoader, ranks_of
 from trainerkit.data.prompts import check_prompts, prompt_loader
 from trainerkit.data.text import TextData
 from trainerkit.data.text_files import SPLITS
@@ -138,7 +138,6 @@ class TextStream(LightningDataModule):
 
     def predict_dataloader(self) -> BatchLoader:
         """The prompts."""
-        trainer = self.trainer
         return prompt_loader(
             self._prompt,
             self._prompt_file,
@@ -146,7 +145,7 @@ class TextStream(LightningDataModule):
             tokenizer=self.tokenizer,
             context_length=self.context_length,
             batch_size=self.batch_size,
-            world={"num_replicas": trainer.world_size, "rank": trainer.global_rank} if trainer else {},
+            world=ranks_of(self.trainer),
         )
 
     def _loader(self, split: str, shuffle: bool) -> Any:
