@@ -17,7 +17,18 @@ from tests.support import SMALL_MAE, smooth_spectra, trainerkit
 from trainerkit.compose import compose_config
 from trainerkit.errors import UserError
 from trainerkit.study import Study, distribution
-from trainerkit.sweep import Job, Objective, begin, finish, objective, read_jobs, report, swept_keys, value_of
+from trainerkit.sweep import (
+    Job,
+    Objective,
+    begin,
+    check_folder,
+    finish,
+    objective,
+    read_jobs,
+    report,
+    swept_keys,
+    value_of,
+)
 
 SMALL = [word for word in SMALL_MAE if word != "trainer.max_epochs=3"]
 SMALL += ["data.path=spectra.npy", "trainer.max_epochs=1", "callbacks.reconstruction_report=null"]
@@ -31,7 +42,7 @@ def folder(tmp_path):
 
 
 def sweep(folder, *words, **options):
-    return trainerkit(*words, *SMALL, cwd=folder, **options)
+    return trainerkit(*SMALL, *words, cwd=folder, **options)
 
 
 def table(folder):
@@ -116,6 +127,18 @@ def test_a_job_is_not_finished_until_it_says_so_and_its_folder_takes_no_other(tm
 
 def test_what_is_swept_over():
     assert swept_keys(["a=1", "b=1,2", "c=range(3)", "d=interval(0,1)", "e=[1,2]"]) == ["b", "c", "d"]
+    assert swept_keys(["a=1,2", "b=3", "a=1", "b=3,4"]) == ["b"]
+
+
+def test_a_folder_takes_a_sweep_that_grows_at_its_end_and_no_other(tmp_path):
+    check_folder(tmp_path, ["seed=1,2"], ["seed"])
+    for number in (0, 1):
+        begin(tmp_path / str(number), number, {"seed": str(number + 1)})
+    for overrides in (["seed=1,2"], ["seed=range(1,9)"], ["task=x", "hydra/launcher=basic", "seed=1,2,7"]):
+        check_folder(tmp_path, overrides, ["seed"])
+    for overrides, swept in ((["seed=2,3"], ["seed"]), (["seed=1"], []), (["seed=1,2", "a=1,2"], ["seed", "a"])):
+        with pytest.raises(UserError, match=r"holds another sweep, whose job [01] had seed="):
+            check_folder(tmp_path, overrides, swept)
 
 
 # The search space
@@ -141,7 +164,7 @@ def test_ranges_become_distributions(text, expected):
 
 @pytest.mark.parametrize(
     ("text", "choices"),
-    [("a=x,y", ("x", "y")), ("a=choice(1,2.5,null)", ("1", "2.5", "null")), ("a=[1,2],[3]", ("[1,2]", "[3]"))],
+    [("a=x,y", ("x", "y")), ("a=choice(1,2.5,x)", ("1", "2.5", "x")), ("a=[1,2],[3]", ("[1,2]", "[3]"))],
 )
 def test_choices_become_categories(text, choices):
     assert distribution(parsed(text)[0]).choices == choices
@@ -268,7 +291,7 @@ def test_every_combination_runs_one_that_fails_ends_none_and_the_table_has_all(f
     again = sweep(folder, "-m", "task.network.latent_dim=2,3", "task.network.dropout=0,2", "out_dir=sweep")
     assert again.stdout.count("holds a finished run") == 2
     other = sweep(folder, "-m", "task.network.latent_dim=4,5", "out_dir=sweep")
-    assert other.returncode == 2 or "holds another sweep" in other.stderr
+    assert "holds another sweep, whose job 0 had" in other.stderr
 
 
 def test_a_sweep_of_which_every_job_fails_exits_with_2(folder):
@@ -316,7 +339,7 @@ SEARCH = [
 def test_optuna_killed_goes_on_and_ends_as_it_would_have(folder):
     whole = sweep(folder, *SEARCH, "out_dir=whole")
     assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, "-m", "trainerkit", *SEARCH, *SMALL, "out_dir=cut"]
+    command = [sys.executable, "-m", "trainerkit", *SMALL, *SEARCH, "out_dir=cut"]
     settings = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     process = subprocess.Popen(command, cwd=folder, env=settings, **quiet)

@@ -5,11 +5,10 @@ Help, listings and errors about the config need neither torch nor Lightning, and
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainerkit.errors import UserError, nearest
+from trainerkit.errors import UserError, answering, nearest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -50,19 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 2 for what the user can put right, 128 + n after signal n."""
     with answering():
         _main(list(sys.argv[1:] if argv is None else argv))
-
-
-@contextmanager
-def answering() -> Iterator[None]:
-    """Say what the user can put right, and exit with 2; a bug keeps its traceback."""
-    try:
-        yield
-    except UserError as error:
-        print(f"trainerkit: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntrainerkit: stopped before training began; nothing to go on from.", file=sys.stderr)
-        sys.exit(130)
 
 
 def _main(arguments: list[str]) -> None:
@@ -155,7 +141,9 @@ def _hand_to_hydra(
     from functools import partial
 
     import hydra
+    from hydra.core.plugins import Plugins
 
+    from hydra_plugins.trainerkit_sweeper import OptunaSweeper
     from trainerkit.compose import CONFIG_MODULE, CONFIG_NAME
     from trainerkit.hydra_parts import check_hydra
     from trainerkit.multirun import Sweep
@@ -164,6 +152,8 @@ def _hand_to_hydra(
     allow = AllowList(trusted)
     check_hydra(overrides, allow, config_dir)
     register_search_path(config_dir)
+    # Hydra finds it by itself in an ordinary install, and not in an editable one.
+    Plugins.instance().register(OptunaSweeper)
     start = hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
     if not {"-m", "--multirun"} & set(flags):
         sys.argv = [sys.argv[0], *flags, *overrides]

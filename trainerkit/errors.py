@@ -1,7 +1,9 @@
 """Errors for people, and the words they are made of."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -31,3 +33,16 @@ def first_lines(error: BaseException, count: int = 6) -> str:
     """Another library's message without its listings and stacks; at most `count` lines that fit a screen."""
     lines = [line[:300] for line in str(error).splitlines() if line.strip()]
     return "\n".join(lines[:count]) or type(error).__name__
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Say what the user can put right, and exit with 2; a bug keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"trainerkit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ntrainerkit: stopped before training began; nothing to go on from.", file=sys.stderr)
+        sys.exit(130)

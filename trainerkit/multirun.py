@@ -13,9 +13,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from trainerkit.errors import UserError, first_lines
+from trainerkit.errors import UserError, answering, first_lines
 from trainerkit.plugins import AllowList
-from trainerkit.sweep import Job, begin, finish, objective, report, swept_keys, value_of
+from trainerkit.sweep import Job, begin, check_folder, finish, objective, report, swept_keys, value_of
 
 _STOPPED = (75, 130)  # 'try again later', and Ctrl-C
 
@@ -50,10 +50,11 @@ class SweepJob:
         overrides = list(hydra.overrides.task)
         given = dict(override.partition("=")[::2] for override in overrides)
         job = Job(hydra.job.num, {key: given[key] for key in self.swept if key in given})
+        with answering():
+            begin(folder, job.number, job.params)
         start = time.monotonic()
         try:
             self.check(cfg)
-            begin(folder, job.number, job.params)
             target = objective(cfg)
             metrics: dict[str, Any] = run(cfg, overrides, self.allow, self.again)
             job.metrics = dict(metrics)
@@ -115,6 +116,8 @@ class Sweep:
         if "task" in swept and not given:
             folder = str(Path(folder).parent.with_name("sweep") / Path(folder).name)
         self.folder = Path(folder).expanduser()
+        if not any(override.startswith("hydra/sweeper=") for override in overrides):
+            check_folder(self.folder, overrides, swept)  # of others the jobs are not known yet
         self.overrides = list(overrides) if given else [*overrides, f"out_dir={folder}"]
         self.job = SweepJob(swept, allow, again, check)
 

@@ -435,6 +435,8 @@ def _quiet() -> None:
     """Leave out advertisements, device lines and advice about choices that were made on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Of the two steps in which what FSDP2 and tensor parallelism both cut is gathered for a file.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",

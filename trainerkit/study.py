@@ -69,6 +69,7 @@ class Study:
         for name, number in {"startup_trials": startup_trials, "seed": seed}.items():
             if not isinstance(number, int) or number < 0:
                 raise UserError(f"hydra.sweeper.{name}={number}: must be a whole number, 0 or more.")
+        overrides = list({override.get_key_element(): override for override in overrides}.values())  # the last counts
         swept = {override.get_key_element(): override for override in overrides if override.is_sweep_override()}
         if not swept:
             raise UserError("hydra/sweeper=optuna: nothing to search; write key=interval(1e-4,1e-2) or key=a,b.")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -106,9 +107,38 @@ def value_of(metric: str, metrics: dict[str, Any], best: dict[str, Any]) -> floa
 
 
 def swept_keys(overrides: Sequence[str]) -> list[str]:
-    """The keys to which overrides give more than one value, or a range."""
+    """The keys to which overrides give more than one value, or a range; of two for one key the last counts."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return list(dict.fromkeys(override.get_key_element() for override in parsed if override.is_sweep_override()))
+    last = {override.get_key_element(): override for override in parsed}
+    return [key for key, override in last.items() if override.is_sweep_override()]
+
+
+def check_folder(folder: Path, overrides: Sequence[str], swept: Sequence[str]) -> None:
+    """Refuse a folder that has jobs of another sweep in it; one that grows by jobs at its end goes on.
+
+    Args:
+        folder: of the sweep.
+        overrides: of the command line, for Hydra's own sweeper.
+        swept: keys that it gives values to.
+
+    Raises:
+        UserError: if a job that is there is none of this sweep.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    there = read_jobs(folder)
+    if not there or any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed):
+        return
+    (jobs,) = BasicSweeper.split_arguments([o for o in parsed if not o.is_hydra_override()], None)
+    for job in there:
+        words = jobs[job.number] if job.number < len(jobs) else []
+        given = dict(word.partition("=")[::2] for word in words)
+        if job.params != {key: given[key] for key in swept if key in given} or not words:
+            raise _of_another(folder, job)
+
+
+def _of_another(folder: Path, job: Job) -> UserError:
+    given = " ".join(f"{key}={value}" for key, value in job.params.items())
+    return UserError(f"out_dir={folder}: holds another sweep, whose job {job.number} had {given}; take another.")
 
 
 def begin(folder: Path, number: int, params: dict[str, str]) -> None:
@@ -119,8 +149,7 @@ def begin(folder: Path, number: int, params: dict[str, str]) -> None:
     """
     before = _read(folder / _RECORD)
     if before is not None and before.params != params:
-        given = " ".join(f"{key}={value}" for key, value in before.params.items())
-        raise UserError(f"out_dir={folder.parent}: holds another sweep, whose job {number} had {given}; take another.")
+        raise _of_another(folder.parent, before)
     if before is None:
         write_json(folder / _RECORD, asdict(Job(number, params)))
 

@@ -54,7 +54,7 @@ class OptunaSweeper(Sweeper):
         Args:
             arguments: overrides, of which those with several values or a range are the search space.
         """
-        from trainerkit.cli import answering
+        from trainerkit.errors import answering
         from trainerkit.study import Study
         from trainerkit.sweep import objective
 
