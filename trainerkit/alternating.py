@@ -38,8 +38,8 @@ class Turn(Part):
 
     Args:
         modules: names of the task's modules that it trains, such as 'generator' or 'encoder.head'.
-        optimizer: makes it from parameter groups; a class or a partial of one.
-        scheduler: makes its schedule, counted in its own steps; None keeps the rate constant.
+        optimizer: makes it from parameter groups; a class or a partial of one; None for the task's.
+        scheduler: makes its schedule, counted in its own steps; None for the task's.
         gradient_clip_val: the largest norm of its gradients together; None for any.
         accumulate_grad_batches: batches of a step. They are kept until there are so many, or the epoch ends; then it
             goes through all of them, one after the other, and steps by the mean of their gradients. So networks that
@@ -54,7 +54,7 @@ class Turn(Part):
     def __init__(
         self,
         modules: str | Sequence[str],
-        optimizer: OptimizerFactory = Adam,
+        optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
@@ -105,14 +105,21 @@ class AlternatingTask(Task):
 
     Args:
         optimizers: the turns by name, in their order.
+        optimizer: of turns that have none of their own, as in `Task`.
+        scheduler: of turns that have none of their own; None keeps the rate constant.
 
     Raises:
         ValueError: without a turn; before training for a module that is not there, a trainable parameter that no
             optimizer holds, parameters in pieces, or batches that wait and cannot be in a checkpoint.
     """
 
-    def __init__(self, optimizers: Mapping[str, Turn]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        optimizers: Mapping[str, Turn],
+        optimizer: OptimizerFactory = Adam,
+        scheduler: SchedulerFactory | None = None,
+    ) -> None:
+        super().__init__(optimizer, scheduler)
         if not optimizers:
             raise ValueError("optimizers={}: must hold at least one Turn")
         self.automatic_optimization = False
@@ -158,11 +165,12 @@ class AlternatingTask(Task):
         for name, turn in self.turns.items():
             modules = nn.ModuleList([self.get_submodule(module) for module in turn.modules])
             allow_fused = "mixed" not in str(self.trainer.precision)
-            optimizer = make_optimizer(turn.optimizer, modules, allow_fused=allow_fused)
+            optimizer = make_optimizer(turn.optimizer or self._optimizer_factory, modules, allow_fused=allow_fused)
             entry: dict[str, Any] = {"optimizer": optimizer}
-            if turn.scheduler is not None:
+            factory = turn.scheduler or self._scheduler_factory
+            if factory is not None:
                 total, in_epoch = self._lengths(turn)
-                scheduler = make_scheduler(turn.scheduler, optimizer, total_steps=total, steps_per_epoch=in_epoch)
+                scheduler = make_scheduler(factory, optimizer, total_steps=total, steps_per_epoch=in_epoch)
                 entry["lr_scheduler"] = {"scheduler": scheduler, "name": f"lr-{name}"}
             configured.append(entry)
         return configured
@@ -258,7 +266,7 @@ class AlternatingTask(Task):
             optimizer.step()
         optimizer.zero_grad()
         self.steps[name] += 1
-        scheduled = [other for other, turn in self.turns.items() if turn.scheduler is not None]
+        scheduled = [other for other, turn in self.turns.items() if turn.scheduler or self._scheduler_factory]
         if name in scheduled:
             schedulers: Any = self.lr_schedulers()
             (schedulers if isinstance(schedulers, list) else [schedulers])[scheduled.index(name)].step()

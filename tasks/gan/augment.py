@@ -49,11 +49,14 @@ class DiffAugment(nn.Module):
         return x
 
 
-def shifted(x: Tensor, draws: Tensor, most: int) -> Tensor:
-    """Each picture (B, C, H, W) moved by whole pixels from −most to most along both axes, chosen by draws (B, 2)."""
+def shifted(x: Tensor, draws: Tensor, most: int, fill: float = -1.0) -> Tensor:
+    """Each picture (B, C, H, W) moved by whole pixels from −most to most along both axes, chosen by draws (B, 2).
+
+    `fill` is what moves in.
+    """
     height, width = x.shape[-2:]
     down, right = (draws * (2 * most + 1)).long().unbind(1)
-    padded = nn.functional.pad(x, (most, most, most, most), value=-1.0)
+    padded = nn.functional.pad(x, (most, most, most, most), value=fill)
     rows = down[:, None] + torch.arange(height, device=x.device)
     columns = right[:, None] + torch.arange(width, device=x.device)
     pictures = torch.arange(len(x), device=x.device)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from trainerkit.functional.random import RandomStream
+from trainerkit.tasks.gan.augment import shifted
 
 _BATCH = 64
-_RATE = 2e-3
+_RATE = 4e-3  # the highest of one cycle
+_SHIFT = 1 / 14  # of the side, to each side at most
 _AT_ONCE = 500  # pictures
 
 
@@ -29,9 +31,9 @@ class Judge(nn.Module):
     def __init__(self, channels: int, image_size: int, n_classes: int) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Dropout(0.25), nn.Linear(64 * (image_size // 4) ** 2, self.num_features), nn.ReLU(),
+            nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Dropout(0.5), nn.Linear(32 * (image_size // 4) ** 2, self.num_features), nn.ReLU(),
         )  # fmt: skip
         self.classify = nn.Linear(self.num_features, n_classes)
 
@@ -47,7 +49,7 @@ class Judge(nn.Module):
         return torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts])
 
 
-def train_judge(x: Tensor, y: Tensor, n_classes: int, epochs: int = 10, seed: int = 0) -> Judge:
+def train_judge(x: Tensor, y: Tensor, n_classes: int, epochs: int = 12, seed: int = 0) -> Judge:
     """Train a judge; moves no global random state of the CPU.
 
     Args:
@@ -55,7 +57,7 @@ def train_judge(x: Tensor, y: Tensor, n_classes: int, epochs: int = 10, seed: in
         y: their classes, (N,) int64.
         n_classes: number of classes.
         epochs: times that each picture is seen.
-        seed: of initial weights, order and dropout.
+        seed: of initial weights, order, shifts and dropout.
 
     Returns:
         The judge, in evaluation mode, on the device of `x`.
@@ -64,11 +66,13 @@ def train_judge(x: Tensor, y: Tensor, n_classes: int, epochs: int = 10, seed: in
         judge = Judge(x.shape[1], x.shape[-1], n_classes).to(x.device)
         optimizer = torch.optim.Adam(judge.parameters(), lr=_RATE)
         steps = epochs * -(-len(x) // _BATCH)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
         for _ in range(epochs):
             for rows in torch.randperm(len(x)).to(x.device).split(_BATCH):
+                draws = torch.rand(len(rows), 2).to(x.device)
+                moved = shifted(x[rows], draws, round(_SHIFT * x.shape[-1]), fill=0.0)
                 optimizer.zero_grad()
-                cross_entropy(judge(x[rows])[1], y[rows]).backward()
+                cross_entropy(judge(moved)[1], y[rows]).backward()
                 optimizer.step()
                 schedule.step()
     return judge.eval().requires_grad_(False)

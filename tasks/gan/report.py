@@ -61,9 +61,13 @@ class SampleReport(Callback):
     """
 
     def __init__(
-        self, validation: bool = True, neighbours: int = 3, judge_epochs: int = 10, limit: int = 10_000
+        self, validation: bool = True, neighbours: int = 3, judge_epochs: int = 12, limit: int = 10_000
     ) -> None:
-        for name, number, least in (("neighbours", neighbours, 1), ("judge_epochs", judge_epochs, 1), ("limit", limit, 16)):
+        for name, number, least in (
+            ("neighbours", neighbours, 1),
+            ("judge_epochs", judge_epochs, 1),
+            ("limit", limit, 16),
+        ):
             if number < least:
                 raise ValueError(f"{name}={number}: must be {least} or more")
         self.validation = validation
@@ -71,7 +75,9 @@ class SampleReport(Callback):
         self.judge_epochs = judge_epochs
         self.limit = limit
         self._judge: Judge | None = None
-        self._held_out: tuple[Tensor, Tensor] | None = None  # what it sees in the validation pictures, and their classes
+        self._held_out: tuple[Tensor, Tensor] | None = (
+            None  # what it sees in the validation pictures, and their classes
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew: the data may be others."""

@@ -79,7 +79,9 @@ class GanTask(AlternatingTask):
         scheduler: SchedulerFactory | None = None,
     ) -> None:
         names = ("discriminator", "generator")
-        super().__init__({name: Turn(name) for name in names} if optimizers is None else optimizers, optimizer, scheduler)
+        super().__init__(
+            {name: Turn(name) for name in names} if optimizers is None else optimizers, optimizer, scheduler
+        )
         self.save_hyperparameters()
         if not set(names) <= set(self.turns):
             raise ValueError(f"optimizers={list(self.turns)}: must have a discriminator and a generator")

@@ -12,42 +12,10 @@ from trainerkit.data.hashed_words import HashedWords
 from trainerkit.data.pair_dataset import Negatives, PairBatches, PairDataset, Side
 from trainerkit.data.pair_pictures import PictureFiles, decoded, problems
 from trainerkit.data.pair_texts import TokenRows, pair_tokenizer
-from trainerkit.data.row_draws import row_draws
 from trainerkit.errors import UserError
 from trainerkit.functional.picture_moves import Augmentation, moved
 
 ROWS = torch.arange(50)
-
-
-def naive_draw(key, counter):
-    """SplitMix64 by Python's integers."""
-    x = (key + (counter + 1) * 0x9E3779B97F4A7C15) % 2**64
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-    return ((x ^ (x >> 31)) >> 40) / 2**24
-
-
-def test_draws_equal_splitmix_of_a_counter():
-    key = int(np.random.SeedSequence([3, 4, 5]).generate_state(1, np.uint64)[0])
-    draws = row_draws(3, 4, torch.tensor([0, 7, 10**12]), 2, stream=5)
-    assert draws.tolist() == [[naive_draw(key, 2 * row + k) for k in range(2)] for row in (0, 7, 10**12)]
-
-
-def test_draws_of_a_row_do_not_depend_on_the_batch_and_move_no_state():
-    state = torch.get_rng_state()
-    whole = row_draws(0, 1, ROWS, 3)
-    assert torch.equal(row_draws(0, 1, ROWS.flip(0)[:9], 3), whole.flip(0)[:9])
-    assert torch.equal(torch.get_rng_state(), state)
-    for other in (row_draws(1, 0, ROWS, 3), row_draws(0, 2, ROWS, 3), row_draws(0, 1, ROWS, 3, stream=1)):
-        assert (other == whole).float().mean() < 0.02
-
-
-def test_draws_are_uniform():
-    draws = row_draws(0, 0, torch.arange(40_000), 1)
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    counts = torch.histc(draws, 10, 0, 1)
-    assert ((counts - 4000).abs() < 5 * 60).all()
 
 
 @pytest.mark.parametrize(

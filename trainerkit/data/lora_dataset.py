@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from trainerkit.data.loader import Batch, EpochBatches
 from trainerkit.data.lora_examples import ExampleFiles, draw_examples
 from trainerkit.data.lora_folders import AdapterFolders
-from trainerkit.data.row_draws import row_draws
+from trainerkit.functional.row_draws import row_draws
 
 # What a random number is for.
 _DESCRIPTION, _EXAMPLES = range(2)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trainerkit.data.loader import Batch
-from trainerkit.data.row_draws import row_draws
 from trainerkit.errors import UserError
+from trainerkit.functional.row_draws import row_draws
 from trainerkit.loading import read_safetensors
 
 EXAMPLES = "examples.safetensors"

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from trainerkit.data.loader import Batch, EpochBatches
 from trainerkit.data.pair_pictures import Pictures
 from trainerkit.data.pair_texts import TokenRows
-from trainerkit.data.row_draws import row_draws
 from trainerkit.functional.picture_moves import Augmentation, moved
+from trainerkit.functional.row_draws import row_draws
 
 # What a random number is for.
 _CHOICE, _QUERY, _POSITIVE, _NEGATIVES = range(4)
