@@ -48,6 +48,8 @@ class RetrievalTask(Task):
             `text_mask`.
         candidate_encoder: the same for what is searched; None for the same encoder.
         loss: of the embeddings of all processes; None for `InfoNCE()`.
+        class_loss: added to it in training, of embeddings (N, D) and the batch's labels, such as `CosFace`; the mean
+            of queries and positives. None for none.
         queries: what a row that has a picture and a text asks: 'together' one query of both (composed), 'separate' two
             queries for the same thing, their losses averaged.
         gradient_cache: encode in chunks, so that memory does not grow with the batch (`GradientCache`).
@@ -68,6 +70,7 @@ class RetrievalTask(Task):
         encoder: nn.Module,
         candidate_encoder: nn.Module | None = None,
         loss: nn.Module | None = None,
+        class_loss: nn.Module | None = None,
         queries: Literal["together", "separate"] = "together",
         gradient_cache: bool = True,
         gradient_cache_chunk_size: int = 32,
@@ -89,6 +92,7 @@ class RetrievalTask(Task):
         self.encoder = encoder
         self.candidate_encoder = candidate_encoder
         self.loss = InfoNCE() if loss is None else loss
+        self.class_loss = class_loss
         self.queries = queries
         self.eval_steps = eval_steps
         self.metrics = list(metrics)
@@ -202,6 +206,9 @@ class RetrievalTask(Task):
             loss = self.loss(queries, positives, negatives, **options)
             if taught is not None:
                 loss = self._distillation(loss, queries, positives, self._taught(batch, "query", inputs), taught)
+            if self.class_loss is not None and self.training:
+                labels = options.get("labels")
+                loss = loss + (self.class_loss(queries, labels) + self.class_loss(positives, labels)) / 2
             losses.append(loss)
         return torch.stack(losses).mean(), mine
 

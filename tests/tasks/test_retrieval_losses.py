@@ -11,16 +11,7 @@ from trainerkit.compose import compose_config
 from trainerkit.errors import UserError
 from trainerkit.plugins import AllowList
 from trainerkit.signatures import parameters
-from trainerkit.tasks.retrieval.losses import (
-    CoSENT,
-    CosFace,
-    InfoNCE,
-    LateInteraction,
-    Matryoshka,
-    SigLIP,
-    SupCon,
-    Triplet,
-)
+from trainerkit.tasks.retrieval.losses import CoSENT, InfoNCE, LateInteraction, Matryoshka, SigLIP, SupCon, Triplet
 from trainerkit.tasks.retrieval.losses.cosent import cosent, cosent_of_two
 from trainerkit.tasks.retrieval.losses.info_nce import hardest
 
@@ -434,7 +425,7 @@ def test_pytorch_metric_learning_has_the_same_losses():
 
 
 CHOICES = {
-    "cosent": CoSENT, "cosface": CosFace, "info_nce": InfoNCE, "late_interaction": LateInteraction, "matryoshka": Matryoshka,
+    "cosent": CoSENT, "info_nce": InfoNCE, "late_interaction": LateInteraction, "matryoshka": Matryoshka,
     "siglip": SigLIP, "sup_con": SupCon, "triplet": Triplet,
 }  # fmt: skip
 
@@ -454,13 +445,10 @@ def test_every_loss_has_a_yaml_with_the_signatures_defaults(config_dir):
     opinions = {"info_nce_both_ways"}  # other values than the signature's, and says so
     assert {path.stem for path in (ROOT / "configs" / "loss").glob("*.yaml")} == set(CHOICES) | opinions
     for choice, kind in CHOICES.items():
-        asked = ["task.loss.classes=7"] if choice == "cosface" else []  # of the data by default
-        node = compose_config(["task=with_loss", f"loss={choice}", *asked], config_dir).task.loss
+        node = compose_config(["task=with_loss", f"loss={choice}"], config_dir).task.loss
         known = parameters(kind)
         assert set(node) == {"_target_", *known}
-        assert all(node[key] == known[key].default for key in known if key not in ("loss", "dims", "classes", "dim")), (
-            choice
-        )
+        assert all(node[key] == known[key].default for key in known if key not in ("loss", "dims")), choice
         assert type(build(node, "task.loss", AllowList())) is kind
 
 

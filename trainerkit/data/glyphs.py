@@ -95,7 +95,7 @@ class Glyphs(PairModule):
         val_fraction: float = 0.05,
         mined_negatives: int = 0,
         query: str | None = None,
-        batch_size: int = 512,
+        batch_size: int = 128,
         num_workers: int = 0,
         cache_dir: str | None = None,
         seed: int = 0,
@@ -141,7 +141,7 @@ class Glyphs(PairModule):
         return self._codes
 
     @property
-    def classes(self) -> int:
+    def n_classes(self) -> int:
         """How many characters are trained on."""
         return len(self.train_dataset)
 

@@ -85,6 +85,11 @@ class PairModule(LightningDataModule):
     # What tasks and callbacks read.
 
     @property
+    def n_classes(self) -> int | None:
+        """How many labels the training rows have, if these count from 0; a subclass that knows says so."""
+        return None
+
+    @property
     def sets(self) -> PairSets:
         """The data sets; made if they are not there yet."""
         if self._sets is None:

@@ -9,7 +9,8 @@ embeddings of the whole batch (of all processes), of any length: what counts is 
 - labels: (N,) int64; rows of the same label are relevant to each other.
 - scores: (N,) how alike each pair is, for losses of graded pairs; the others refuse them.
 
-A scalar comes back, in float32 or, of float64, in float64, under autocast too.
+A scalar comes back, in float32 or, of float64, in float64, under autocast too. `CosFace` is no loss of pairs: it stands
+beside one and takes embeddings and labels.
 """
 
 from trainerkit.tasks.retrieval.losses.cosent import CoSENT

@@ -14,7 +14,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainerkit.tasks.retrieval.losses._rows import above_zero, check_rows, joined
+from trainerkit.tasks.retrieval.losses._rows import above_zero
 from trainerkit.tasks.retrieval.similarity import similarity
 
 
@@ -29,75 +29,68 @@ def cosface(cosines: Tensor, labels: Tensor, temperature: float, margin: float) 
 
 
 class CosFace(nn.Module):
-    """Another loss, and `weight` times CosFace of queries and positives together; formula at the top. Needs labels.
+    """Trained vectors of labels, and `weight` times the loss of embeddings against them; formula at the top.
 
-    Labels count from 0 here, and the vectors are of the training data alone: in evaluation the loss is the other's.
-    Explicit negatives are the other's too, since what labels they have is not known.
+    It is no loss of pairs but stands beside one (`task.class_loss`), in training alone: other data have other labels.
 
     Args:
-        loss: the other one, of the same embeddings and labels.
-        classes: K, how many labels the training data have.
         dim: D, width of the embeddings.
+        classes: K; labels count from 0. None where the data have no labels: the loss is 0.
         temperature: τ, above 0.
         margin: m, a cosine from 0 to below 1.
-        weight: of CosFace, above 0.
+        weight: above 0.
 
     Raises:
-        ValueError: for a number out of its range; in `forward` for embeddings that are not (N, D), without labels, for
-            a label of K or more, and what the other loss raises.
+        ValueError: for a number out of its range; in `forward` for embeddings or labels that do not fit.
     """
 
     def __init__(
         self,
-        loss: nn.Module,
-        classes: int,
         dim: int,
+        classes: int | None = None,
         temperature: float = 0.05,
         margin: float = 0.2,
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, number in {"classes": classes, "dim": dim}.items():
-            if number < 1:
-                raise ValueError(f"{name}={number}: must be 1 or more")
+        if dim < 1:
+            raise ValueError(f"dim={dim}: must be 1 or more")
+        if classes is not None and classes < 1:
+            raise ValueError(f"classes={classes}: must be 1 or more, or null for data without labels")
         above_zero(temperature=temperature, weight=weight)
         if not 0 <= margin < 1:
             raise ValueError(f"margin={margin}: must be from 0 to below 1")
-        self.loss = loss
         self.classes = classes
         self.temperature = temperature
         self.margin = margin
         self.weight = weight
-        # An embedding, so that optimizers neither decay it nor take it for a hidden matrix.
-        self.vectors = nn.Embedding(classes, dim)
-        nn.init.normal_(self.vectors.weight, std=1 / math.sqrt(dim))
+        self.vectors = None
+        if classes is not None:
+            # An embedding, so that optimizers neither decay it nor take it for a hidden matrix.
+            self.vectors = nn.Embedding(classes, dim)
+            nn.init.normal_(self.vectors.weight, std=1 / math.sqrt(dim))
 
-    def forward(
-        self,
-        queries: Tensor,
-        positives: Tensor,
-        negatives: Tensor | None = None,
-        *,
-        owners: Tensor | None = None,
-        labels: Tensor | None = None,
-        scores: Tensor | None = None,
-    ) -> Tensor:
-        """A scalar; arguments as in the package's docstring."""
-        check_rows(queries, positives, negatives, owners, labels, scores)
-        loss: Tensor = self.loss(queries, positives, negatives, owners=owners, labels=labels, scores=scores)
-        if not self.training:
-            return loss
-        if queries.ndim != 2 or queries.shape[1] != self.vectors.embedding_dim:
-            raise ValueError(
-                f"queries: shape {tuple(queries.shape)}; must be (N, {self.vectors.embedding_dim}), as dim says"
-            )
+    def forward(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        """A scalar.
+
+        Args:
+            embeddings: (N, D), of any length.
+            labels: (N,) int64; None only if there are no classes.
+        """
+        if self.vectors is None:
+            return embeddings.new_zeros((), dtype=similarity(embeddings[:0], embeddings[:0]).dtype)
         if labels is None:
-            raise ValueError("labels: CosFace needs a label of each query; without labels take InfoNCE")
-        # Elsewhere it would be a wait for the device, whose own kernels refuse it.
-        if labels.device.type == "cpu" and ((labels < 0) | (labels >= self.classes)).any():
+            raise ValueError(f"classes={self.classes}: the batch has no labels; set null for data without")
+        dim = self.vectors.embedding_dim
+        if embeddings.shape != (len(labels), dim):
             raise ValueError(
-                f"labels: from {int(labels.min())} to {int(labels.max())}; must be from 0 to {self.classes - 1}, as "
-                f"classes={self.classes} says"
+                f"embeddings: shape {tuple(embeddings.shape)}; must be ({len(labels)}, {dim}), by the labels and dim"
             )
-        cosines = similarity(joined(queries, positives), self.vectors.weight)
-        return loss + self.weight * cosface(cosines, labels.repeat(2), self.temperature, self.margin)
+        # Elsewhere it would be a wait for the device, whose own kernels refuse it.
+        if labels.device.type == "cpu" and ((labels < 0) | (labels >= self.vectors.num_embeddings)).any():
+            raise ValueError(
+                f"labels: from {int(labels.min())} to {int(labels.max())}; must be from 0 to "
+                f"{self.vectors.num_embeddings - 1}, as classes={self.classes} says"
+            )
+        cosines = similarity(embeddings, self.vectors.weight)
+        return self.weight * cosface(cosines, labels, self.temperature, self.margin)
