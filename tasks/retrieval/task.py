@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -56,6 +57,8 @@ class RetrievalTask(Task):
         gradient_cache_chunk_size: rows of a chunk.
         teacher: whose similarities are learnt as well; an encoder, or `Teacher` around one; None for no teacher.
         distillation: how; None for `Distillation()`.
+        eval_shift: pixels; in evaluation and prediction a picture's embedding is the mean of five, of the picture as it
+            is and moved so far to each side. 0 for one.
         eval_steps: optimizer steps between validations; 0 validates after each epoch.
         metrics: of evaluations, see `retrieval_metrics` for their names.
         optimizer: see `Task`.
@@ -76,6 +79,7 @@ class RetrievalTask(Task):
         gradient_cache_chunk_size: int = 32,
         teacher: nn.Module | None = None,
         distillation: Distillation | None = None,
+        eval_shift: int = 0,
         eval_steps: int = 0,
         metrics: Sequence[str] = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10"),
         optimizer: OptimizerFactory = AdamW,
@@ -87,6 +91,8 @@ class RetrievalTask(Task):
             raise ValueError(f"queries={queries}: must be together or separate")
         if gradient_cache_chunk_size < 1:
             raise ValueError(f"gradient_cache_chunk_size={gradient_cache_chunk_size}: must be 1 or more")
+        if eval_shift < 0:
+            raise ValueError(f"eval_shift={eval_shift}: must be 0 or more pixels")
         if eval_steps < 0:
             raise ValueError(f"eval_steps={eval_steps}: must be 0 (after each epoch) or more")
         self.encoder = encoder
@@ -94,6 +100,7 @@ class RetrievalTask(Task):
         self.loss = InfoNCE() if loss is None else loss
         self.class_loss = class_loss
         self.queries = queries
+        self.eval_shift = eval_shift
         self.eval_steps = eval_steps
         self.metrics = list(metrics)
         self._ks = ranks_of(metrics)
@@ -240,7 +247,19 @@ class RetrievalTask(Task):
         return [{"image": inputs["image"]}, {name: part for name, part in inputs.items() if name != "image"}]
 
     def _encode(self, encoder: nn.Module, *inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The embeddings of each."""
+        """The embeddings of each; of pictures in evaluation the mean over `shifted`."""
+        if self.training or not self.eval_shift:
+            return self._encode_once(encoder, *inputs)
+        return tuple(self._mean_over_shifts(encoder, part) for part in inputs)
+
+    def _mean_over_shifts(self, encoder: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        if "image" not in inputs:
+            return self._encode_once(encoder, inputs)[0]
+        pictures = shifted(inputs["image"], self.eval_shift)
+        found = [normalized(self._encode_once(encoder, inputs | {"image": moved})[0]) for moved in pictures]
+        return torch.stack(found).mean(0)
+
+    def _encode_once(self, encoder: nn.Module, *inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         # Last batches of an evaluation may differ by a row, and so by a chunk: not where parameters are in pieces.
         if self._chunk_size is None or (is_cut(self) and not torch.is_grad_enabled()):
             return tuple(encoder(part) for part in inputs)
@@ -282,6 +301,14 @@ class _Embedded:
     positives: Tensor
     negatives: Tensor | None = None
     owners: Tensor | None = None
+
+
+def shifted(pictures: Tensor, by: int) -> list[Tensor]:
+    """Pictures (B, C, H, W) as they are, and moved by so many pixels up, down, left and right; edges are repeated."""
+    height, width = pictures.shape[-2:]
+    wider = F.pad(pictures, (by, by, by, by), mode="replicate")
+    places = ((by, by), (2 * by, by), (0, by), (by, 2 * by), (by, 0))
+    return [wider[..., top : top + height, left : left + width] for top, left in places]
 
 
 def parts_of(batch: Mapping[str, Tensor], side: str) -> dict[str, Tensor]:

@@ -117,7 +117,9 @@ def test_a_task_adds_it_in_training_for_queries_and_positives_and_not_in_evaluat
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float((pairs + both).detach()), rel=1e-5)
     assert all(not torch.equal(before[name], value) for name, value in task.state_dict().items())
     task.load_state_dict(before)
-    assert trainer.validate(task, loader(), verbose=False)[0]["val/loss"] == pytest.approx(float(pairs.detach()), rel=1e-5)
+    assert trainer.validate(task, loader(), verbose=False)[0]["val/loss"] == pytest.approx(
+        float(pairs.detach()), rel=1e-5
+    )
 
 
 ONES = torch.ones(4, 3)

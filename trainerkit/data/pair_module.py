@@ -57,6 +57,8 @@ class PairModule(LightningDataModule):
     evaluation_names: list[str]
     # What a query with a picture and a text is to a task: 'together' one of both, 'separate' two for the same thing.
     query_mode = "together"
+    # By how many pixels a task moves copies of a picture in evaluation, to take the mean of their embeddings.
+    eval_shift = 0
 
     def __init__(self, *, batch_size: int, num_workers: int, mined_negatives: int, seed: int, searches: bool) -> None:
         super().__init__()
