@@ -10,15 +10,16 @@ networks', ICLR 2018, arXiv:1802.05957.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 Norm = Literal["batch", "group", "none"]
 _NORMS = ("batch", "group", "none")
 _GROUPS = 8
+_DEVIATION = 0.02  # DCGAN's
 
 
 class Generator(nn.Module):
@@ -51,21 +52,22 @@ class Generator(nn.Module):
         halvings = _halvings(image_size)
         self.noise_dim = noise_dim
         self.n_classes = _count(classes)
-        self.embedding = nn.Embedding(self.n_classes, noise_dim) if self.n_classes else None
         widths = [width << stage for stage in reversed(range(halvings))]
         first, start = widths[0], image_size >> halvings
-        inputs = noise_dim * (2 if self.n_classes else 1)
-        layers: list[nn.Module] = [
-            nn.Linear(inputs, first * start * start, bias=norm == "none"),
+        # A bias would be taken out again by batch norm.
+        self.project = nn.Sequential(
+            nn.Linear(noise_dim, first * start * start, bias=norm == "none"),
             nn.Unflatten(1, (first, start, start)),
-            *_normed(norm, first),
-            nn.ReLU(),
-        ]
-        for into, out in zip(widths, widths[1:], strict=False):
+            _normed(norm, first),
+        )
+        # Added to what is normalised: a class that is joined to the noise before soon counts for everything, and all
+        # samples of a class are one.
+        self.of_class = nn.Embedding(self.n_classes, first * start * start) if self.n_classes else None
+        layers: list[nn.Module] = [nn.ReLU()]
+        for into, out in pairwise(widths):
             up = nn.ConvTranspose2d(into, out, 4, 2, 1, bias=norm == "none")
-            layers += [up, *_normed(norm, out), nn.ReLU()]
-        layers += [nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh()]
-        self.layers = nn.Sequential(*layers)
+            layers += [up, _normed(norm, out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh())
         self.apply(_initialize)
 
     def forward(self, noise: Tensor, y: Tensor | None = None) -> Tensor:
@@ -78,22 +80,25 @@ class Generator(nn.Module):
         Returns:
             (B, C, H, W).
         """
-        if self.embedding is not None:
-            noise = torch.cat([noise, self.embedding(y)], dim=1)
-        pictures: Tensor = self.layers(noise)
+        x = self.project(noise)
+        if self.of_class is not None:
+            x = x + self.of_class(y).view_as(x)
+        pictures: Tensor = self.layers(x)
         return pictures
 
 
 class Discriminator(nn.Module):
     """Scores of pictures: ψ(h) + ⟨e_y, h⟩, the second term where there are classes, with h what the convolutions give.
 
+    The projection discriminator has h summed over its places; with all of them a few thousand pictures are enough.
+
     Args:
         channels: of a picture.
         image_size: its side, a multiple of 4.
         classes: how many, or their names; None or none of them for pictures of no class.
         width: channels of the first stage.
-        norm: after each stage but the first: 'batch' as in DCGAN, 'group' (8 groups) or 'none', which penalties on the
-            slope need.
+        norm: after each stage but the first: 'batch' as in DCGAN; 'group' (8 groups) or 'none', one of which penalties
+            on the slope at each picture need.
         spectral_norm: divide each weight by its largest singular value.
 
     Raises:
@@ -106,7 +111,7 @@ class Discriminator(nn.Module):
         image_size: int,
         classes: int | Sequence[str] | None = None,
         width: int = 32,
-        norm: Norm = "none",
+        norm: Norm = "batch",
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -115,13 +120,14 @@ class Discriminator(nn.Module):
         self.n_classes = _count(classes)
         widths = [channels, *(width << stage for stage in range(halvings))]
         layers: list[nn.Module] = []
-        for stage, (into, out) in enumerate(zip(widths, widths[1:], strict=False)):
-            layers += [nn.Conv2d(into, out, 4, 2, 1), *_normed(norm if stage else "none", out), nn.LeakyReLU(0.2)]
+        for stage, (into, out) in enumerate(pairwise(widths)):
+            layers += [nn.Conv2d(into, out, 4, 2, 1), _normed(norm if stage else "none", out), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Flatten())
         features = widths[-1] * (image_size >> halvings) ** 2
         self.score = nn.Linear(features, 1)
-        self.embedding = nn.Embedding(self.n_classes, features) if self.n_classes else None
-        self.apply(_initialize)
+        self.of_class = nn.Embedding(self.n_classes, features) if self.n_classes else None
+        if self.of_class is not None:
+            nn.init.normal_(self.of_class.weight, 0.0, 0.05)  # torch's deviation of 1 would drown ψ
         if spectral_norm:
             weighted = [part for part in self.modules() if isinstance(part, nn.Conv2d | nn.Linear | nn.Embedding)]
             for part in weighted:
@@ -139,25 +145,24 @@ class Discriminator(nn.Module):
         """
         features = self.layers(x)
         scores: Tensor = self.score(features)[:, 0]
-        if self.embedding is not None:
-            scores = scores + (self.embedding(y) * features).sum(1)
+        if self.of_class is not None:
+            scores = scores + (self.of_class(y) * features).sum(1)
         return scores
 
 
-def _normed(norm: Norm, channels: int) -> list[nn.Module]:
+def _normed(norm: Norm, channels: int) -> nn.Module:
     if norm == "none":
-        return []
+        return nn.Identity()
     if norm == "batch":
-        return [nn.BatchNorm2d(channels)]
+        return nn.BatchNorm2d(channels)
     if channels % _GROUPS:
         raise ValueError(f"norm=group: needs a width that is a multiple of {_GROUPS}")
-    return [nn.GroupNorm(_GROUPS, channels)]
+    return nn.GroupNorm(_GROUPS, channels)
 
 
 def _initialize(module: nn.Module) -> None:
-    """DCGAN's: weights from a normal distribution of deviation 0.02."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-        nn.init.normal_(module.weight, 0.0, 0.02)
+        nn.init.normal_(module.weight, 0.0, _DEVIATION)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -39,7 +39,7 @@ class HasPictures(Protocol):
         """Names of the classes; empty without labels."""
 
     def rows(self, part: Any, limit: int | None = None) -> dict[str, Tensor]:
-        """At most `limit` rows of 'train', 'val' or 'test' as a batch: `x`, `index`, and `y` where there are classes."""
+        """At most `limit` rows of 'train', 'val' or 'test' as one batch: `x`, `index`, and `y` with classes."""
 
 
 class SampleReport(Callback):
@@ -120,7 +120,7 @@ class SampleReport(Callback):
         made = samples(task, test)
         seen_made = judge.look_at(made)
         halves = [torch.arange(first, len(test["y"]), 2, device=task.device) for first in (0, 1)]
-        figures = {}
+        figures: dict[str, float] = {}
         for name, (features, logits) in (("samples", seen_made), ("real", seen)):
             found = self._compare(features, logits, seen[0], test["y"], halves, len(data.classes))
             pictures = made if name == "samples" else test["x"]

@@ -17,7 +17,6 @@ from torch.optim import Adam
 from trainerkit.alternating import AlternatingTask, Turn
 from trainerkit.functional.row_draws import row_draws, row_normals
 from trainerkit.task import OptimizerFactory, SchedulerFactory
-from trainerkit.tasks.gan.augment import DiffAugment
 from trainerkit.tasks.gan.losses import KINDS, Kind, discriminator_loss, generator_loss
 from trainerkit.tasks.gan.penalties import gradient_penalty, r1_penalty
 
@@ -71,7 +70,7 @@ class GanTask(AlternatingTask):
         gradient_penalty: float = 0.0,
         r1: float = 0.0,
         r1_every: int = 16,
-        augment: DiffAugment | nn.Module | None = None,
+        augment: nn.Module | None = None,
         wanted: str | int | None = None,
         seed: int = 0,
         optimizers: Mapping[str, Turn] | None = None,
@@ -152,9 +151,8 @@ class GanTask(AlternatingTask):
         with torch.no_grad():
             made = self._made(self.noise("discriminator", rows), y).to(real.dtype)
         real, made = self._augmented(real, rows, "augment real"), self._augmented(made, rows, "augment made")
-        # In one pass, which is faster than two.
-        scores = self._scores(torch.cat([real, made]), None if y is None else torch.cat([y, y]))
-        loss = discriminator_loss(self.loss, *scores.chunk(2))
+        # Each by itself: batch norms would see another mix here than in the generator's turn.
+        loss = discriminator_loss(self.loss, self._scores(real, y), self._scores(made, y))
         self.track("train/discriminator_loss", loss, weight=len(rows))
         return loss + self._penalties(real, made, rows, y, batch_idx)
 
@@ -201,8 +199,8 @@ class GanTask(AlternatingTask):
     def _augmented(self, x: Tensor, rows: Tensor, stream: str) -> Tensor:
         if self.augment is None:
             return x
-        draws = row_draws(self.seed, self.current_epoch, rows, int(self.augment.draws), STREAMS[stream])
-        changed: Tensor = self.augment(x, draws)
+        needed: Any = self.augment.draws
+        changed: Tensor = self.augment(x, row_draws(self.seed, self.current_epoch, rows, needed, STREAMS[stream]))
         return changed
 
     def _classes(self, batch: Mapping[str, Tensor]) -> Tensor | None:

@@ -21,11 +21,13 @@ def check_task(
 ) -> None:
     """Train a task on a few batches and check what every task must keep.
 
-    - the loss of every step is finite, and `train/loss` is logged;
+    - the loss of every step is finite, and `train/loss` is logged; of a task that optimizes by itself, as one with
+      several optimizers does, everything that it logs as `train/…` is finite, and there is something;
     - a gradient reaches every trainable parameter;
     - the weights after saving in mid-epoch and resuming in a new process' state equal the uninterrupted run's;
     - everything it puts into a checkpoint loads with `weights_only=True`;
-    - validation, where there is any, logs `val/loss`, the same twice, and moves no random state.
+    - validation, where there is any, logs `val/loss` (of a task that optimizes by itself anything), the same twice,
+      and moves no random state.
 
     Args:
         make_task: makes a new task, always the same but for its initial weights.
@@ -37,9 +39,14 @@ def check_task(
     """
     watch = _Watch()
     whole, trainer = _fit(make_task, make_data, folder / "whole", [watch])
-    assert watch.losses, "no training step ran"
-    assert all(torch.isfinite(loss) for loss in watch.losses), f"a loss is not finite: {watch.losses}"
-    assert "train/loss" in trainer.callback_metrics, "train/loss is not logged"
+    logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+    if whole.automatic_optimization:
+        assert watch.losses, "no training step ran"
+        assert all(torch.isfinite(loss) for loss in watch.losses), f"a loss is not finite: {watch.losses}"
+        assert "train/loss" in logged, "train/loss is not logged"
+    else:
+        assert logged, "nothing is logged as train/…"
+        assert all(torch.isfinite(value) for value in logged.values()), f"a metric is not finite: {logged}"
     assert not watch.without_gradient, f"no gradient ever reached {sorted(watch.without_gradient)}"
 
     cut = folder / "cut"
@@ -115,8 +122,10 @@ def _check_validation(task: LightningModule, data: LightningDataModule) -> None:
     options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "limit_val_batches": 2}
     trainer = Trainer(accelerator="cpu", enable_checkpointing=False, enable_model_summary=False, **options)
     state = torch.get_rng_state()
-    values = [trainer.validate(task, datamodule=data, verbose=False)[0].get("val/loss") for _ in range(2)]
-    assert values[0] is not None, "val/loss is not logged"
+    values = [dict(trainer.validate(task, datamodule=data, verbose=False)[0]) for _ in range(2)]
+    if task.automatic_optimization:
+        values = [{name: found[name] for name in ("val/loss",) if name in found} for found in values]
+    assert values[0], f"{'val/loss' if task.automatic_optimization else 'nothing as val/…'} is not logged"
     assert values[0] == values[1], f"validating twice gives {values[0]} and {values[1]}"
     assert torch.equal(torch.get_rng_state(), state), "validation moved torch's random state"
 
@@ -161,7 +170,8 @@ class _Watch(Callback):
                 self.without_gradient.discard(name)
 
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"] if isinstance(outputs, dict) else outputs)
+        if pl_module.automatic_optimization:
+            self.losses.append(outputs["loss"] if isinstance(outputs, dict) else outputs)
 
 
 class _Kill(Callback):
