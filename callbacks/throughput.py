@@ -148,16 +148,16 @@ class Throughput(Callback):
     # The start and the end
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse where several ranks see the same samples; ask the module."""
+        """Refuse to count operations of which each rank does a part; ask the module."""
         if self.flops == "model" and not isinstance(pl_module, TellsFlops):
             raise ValueError(
                 f"flops=model: {type(pl_module).__name__} has no flops_per_sample(); take 'count' or a number"
             )
         mesh = getattr(trainer.strategy, "_device_mesh", None)
-        if mesh is not None and mesh["tensor_parallel"].size() > 1:
+        if self.flops == "count" and mesh is not None and mesh["tensor_parallel"].size() > 1:
             raise ValueError(
-                "tensor_parallel_size: Throughput would count the samples and operations of a tensor-parallel group "
-                "several times; use data parallelism"
+                "flops=count: must be 'model' or a number under tensor parallelism, where each rank does a part of a "
+                "sample's operations"
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -95,14 +95,18 @@ def test_networks_that_cannot_are_refused(net, message):
 
 def test_without_a_compiler_networks_stay_as_they_are_and_one_line_says_so(monkeypatch):
     monkeypatch.setattr(networks, "why_not", lambda device: "no g++")
+    networks._says_why_not.cache_clear()
     net = Net()
     with pytest.warns(UserWarning, match=r"trainer.compile: no compiler works here \(no g\+\+\); training goes on"):
         compile_networks([net], {}, torch.device("cpu"))
     assert net._compiled_call_impl is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        compile_networks([net], {}, torch.device("cpu"))  # said once
+        assert net._compiled_call_impl is None
         compile_networks([net], {"backend": "eager"}, torch.device("cpu"))  # needs none
     assert net._compiled_call_impl is not None
+    networks._says_why_not.cache_clear()
 
 
 @pytest.mark.slow

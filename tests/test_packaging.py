@@ -12,7 +12,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_package_of_the_tree_is_listed():
-    found = {"trainerkit"}
+    found = {"trainerkit", "hydra_plugins.trainerkit_sweeper"}
     for name in ("data", "functional", "nn", "testing"):
         if (ROOT / "trainerkit" / name / "__init__.py").exists():
             found.add(f"trainerkit.{name}")

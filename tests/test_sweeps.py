@@ -13,7 +13,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from tests.support import SMALL_MAE, smooth_spectra, trainerkit
+from tests.support import SMALL_MAE, free_port, smooth_spectra, trainerkit
 from trainerkit.compose import compose_config
 from trainerkit.errors import UserError
 from trainerkit.study import Study, distribution
@@ -155,6 +155,7 @@ def test_a_folder_takes_a_sweep_that_grows_at_its_end_and_no_other(tmp_path):
         ("a=range(1,5)", ("IntDistribution", 1, 4, False, 1)),  # as in Python
         ("a=range(0,7,2)", ("IntDistribution", 0, 6, False, 2)),
         ("a=range(1,3,0.5)", ("FloatDistribution", 1.0, 2.5, False, 0.5)),
+        ("a=range(0.1,0.9,0.3)", ("FloatDistribution", 0.1, 0.7, False, 0.3)),  # sums that are rounded
     ],
 )
 def test_ranges_become_distributions(text, expected):
@@ -177,6 +178,7 @@ def test_choices_become_categories(text, choices):
         ("a=tag(log,range(1,9))", "tags may be log and int, of an interval"),
         ("a=tag(log,interval(0,1))", r"a=tag\(log,interval\(0,1\)\): .*low"),
         ("a=range(5,5)", "this range is empty"),
+        ("a=interval(1,inf)", "both ends must be finite numbers"),
     ],
 )
 def test_ranges_that_cannot_be_drawn_from_are_refused(text, message):
@@ -225,6 +227,20 @@ def test_a_sweep_that_was_killed_repeats_what_was_running_and_ends_as_it_would_h
     assert min(after) == stop  # what ended is kept, what failed too
     assert drawn(tmp_path / "cut", 9, n_jobs) == {}
     assert list(drawn(tmp_path / "cut", 10, n_jobs)) == [9]  # n_trials counts the whole
+
+
+def test_a_sweep_that_was_killed_while_it_drew_draws_the_same(tmp_path):
+    whole = drawn(tmp_path / "whole", 6)
+    drawn(tmp_path / "cut", 3)
+    study = Study(parsed(*SPACE), Objective("val/loss", "minimize"), tmp_path / "cut", startup_trials=4)
+    study._study.ask({"lr": study.space["lr"]})
+    assert drawn(tmp_path / "cut", 6) == {number: whole[number] for number in (3, 4, 5)}
+
+
+def test_a_database_holds_a_study_for_each_folder(tmp_path):
+    storage = str(tmp_path / "all.db")
+    assert drawn(tmp_path / "a", 3, storage=storage) == drawn(tmp_path / "b", 3, storage=storage)
+    assert drawn(tmp_path / "a", 3, storage=storage) == {}
 
 
 def test_tpe_comes_nearer_than_chance(tmp_path):
@@ -287,6 +303,7 @@ def test_every_combination_runs_one_that_fails_ends_none_and_the_table_has_all(f
         assert float(row["val/loss"]) == results["best"]["val/loss"]
         assert float(row["end test/loss"]) == results["metrics"]["test/loss"]
     assert float(rows[0]["val/loss"]) < float(rows[1]["val/loss"])
+    assert "Job 2: task.network.latent_dim=3 task.network.dropout=0\n" in answer.stdout
     assert "Sweep in sweep, by val/loss (minimize)" in answer.stdout
     again = sweep(folder, "-m", "task.network.latent_dim=2,3", "task.network.dropout=0,2", "out_dir=sweep")
     assert again.stdout.count("holds a finished run") == 2
@@ -386,7 +403,8 @@ def test_jobs_of_two_processes_each_get_the_same_draw(launcher, folder):
 def test_torchrun_starts_the_ranks_of_one_run(folder):
     devices = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     small = [word for word in SMALL if word != "trainer=cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command = [sys.executable, "-m", *torchrun, "-m"]
     answer = subprocess.run(
         [*command, "trainerkit", *small, *devices, "out_dir=run"], cwd=folder, capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=180, check=False,

@@ -52,11 +52,15 @@ class SweepJob:
         job = Job(hydra.job.num, {key: given[key] for key in self.swept if key in given})
         with answering():
             begin(folder, job.number, job.params)
+        if _leads():
+            print(f"\nJob {job.number}: {' '.join(f'{key}={value}' for key, value in job.params.items())}", flush=True)
         start = time.monotonic()
         try:
             self.check(cfg)
             target = objective(cfg)
             metrics: dict[str, Any] = run(cfg, overrides, self.allow, self.again)
+            if not _leads():
+                return None
             job.metrics = dict(metrics)
             job.value = value_of(target.metric, metrics, _best(folder) if cfg.stage == "fit" else {})
             job.error = None
@@ -66,10 +70,15 @@ class SweepJob:
         except Exception as error:  # the other jobs are worth their while all the same
             job.error = f"{type(error).__name__}: {first_lines(error, 1)}"
             traceback.print_exc()
-        if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
+        if _leads():
             job.seconds = round(time.monotonic() - start, 1)
             finish(folder, job)
         return job.value
+
+
+def _leads() -> bool:
+    """Whether this is the first of a job's processes, where a launcher starts them all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def _best(folder: Path) -> dict[str, float]:

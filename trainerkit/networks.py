@@ -32,15 +32,21 @@ def compile_networks(networks: Sequence[nn.Module], compiler: Mapping[str, Any],
     waiting = [part for part in parts if part._compiled_call_impl is None]
     if not waiting:
         return
-    lacking = why_not(device.type) if compiler.get("backend", "inductor") == "inductor" else None
-    if lacking is not None:
-        warnings.warn(f"trainer.compile: no compiler works here ({lacking}); training goes on uncompiled", stacklevel=2)
+    if compiler.get("backend", "inductor") == "inductor" and _says_why_not(device.type):
         return
     for part in waiting:
         part.compile(**compiler)
 
 
 @functools.cache
+def _says_why_not(device: str) -> bool:
+    """Warn once, not in each stage of a run, if no compiler works."""
+    reason = why_not(device)
+    if reason is not None:
+        warnings.warn(f"trainer.compile: no compiler works here ({reason}); training goes on uncompiled", stacklevel=3)
+    return reason is not None
+
+
 def why_not(device: str) -> str | None:
     """Compile a sum of sines with torch's own compiler; None if that works, else the error's first line."""
     try:

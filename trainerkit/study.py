@@ -5,6 +5,7 @@ seed, the job's number and what the jobs before it came to, and on nothing else:
 draws what it would have drawn.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,14 @@ class Study:
         overrides: of the command line; those that sweep are the search space.
         objective: what is minimized or maximized.
         folder: of the sweep.
-        storage: a file or database URL; None for study.db in `folder`.
+        storage: a file or database URL, where the study is named after `folder`; None for study.db in `folder`.
         sampler: 'tpe' or 'random'.
         startup_trials: jobs drawn at random before 'tpe' learns.
         seed: of the draws.
 
     Raises:
         UserError: if nothing is to be searched, for a range or a setting that Optuna does not have, if Optuna is not
-            installed, or if the folder or storage holds another sweep.
+            installed, or if the folder holds another sweep.
     """
 
     def __init__(
@@ -108,7 +109,10 @@ class Study:
         url = place if "://" in place else f"sqlite:///{Path(place).expanduser().resolve()}"
         try:
             return self._optuna.create_study(
-                storage=url, study_name="trainerkit", direction=objective.direction, load_if_exists=True
+                storage=url,
+                study_name=str(folder) if storage else "trainerkit",
+                direction=objective.direction,
+                load_if_exists=True,
             )
         except Exception as error:  # SQLAlchemy's, Optuna's and the driver's own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -132,7 +136,8 @@ class Study:
         state = self._optuna.trial.TrialState
         for trial in self._study.get_trials(deepcopy=False, states=(state.RUNNING,)):
             self._study.tell(trial.number, state=state.FAIL)
-            self._study.enqueue_trial(trial.params)
+            if trial.params.keys() == self.space.keys():  # else the process ended while it drew
+                self._study.enqueue_trial(trial.params)
 
     def _ended(self) -> int:
         trials = self._study.get_trials(deepcopy=False)
@@ -162,7 +167,7 @@ def distribution(override: Override) -> Any:
     interval on a logarithmic scale.
 
     Raises:
-        UserError: for another tag, or a range that is empty or has no logarithm.
+        UserError: for another tag, or a range that is empty, infinite or has no logarithm.
     """
     distributions: Any = require("optuna.distributions", "hydra/sweeper=optuna")
     sweep, text = override.value(), override.input_line
@@ -174,6 +179,8 @@ def distribution(override: Override) -> Any:
             low, high = sweep.start, sweep.end
             assert low is not None
             assert high is not None
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError("both ends must be finite numbers")
             whole = "int" in tags or {type(low), type(high)} == {int}
             kind, number = (distributions.IntDistribution, int) if whole else (distributions.FloatDistribution, float)
             return kind(number(low), number(high), log="log" in tags)
@@ -193,4 +200,6 @@ def _of_range(distributions: Any, values: list[Any]) -> Any:
     step = abs(values[1] - values[0]) if len(values) > 1 else None
     if all(isinstance(value, int) for value in values):
         return distributions.IntDistribution(low, high, step=step or 1)
-    return distributions.FloatDistribution(float(low), float(high), step=step)
+    # Sums of steps are rounded, and Optuna takes the digits at their word.
+    low, high, step = (None if value is None else float(f"{value:.12g}") for value in (low, high, step))
+    return distributions.FloatDistribution(low, high, step=step)

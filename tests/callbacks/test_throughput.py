@@ -535,11 +535,12 @@ def test_two_ranks_log_the_sums_of_both(tmp_path):
     assert {name: ranks[0][f"throughput/{name}"] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
-def test_tensor_parallelism_is_refused():
+def test_operations_are_not_counted_under_tensor_parallelism():
     mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
     trainer = SimpleNamespace(strategy=SimpleNamespace(_device_mesh=mesh))
-    with pytest.raises(ValueError, match="tensor_parallel_size: Throughput would count the samples"):
+    with pytest.raises(ValueError, match="flops=count: must be 'model' or a number"):
         Throughput().setup(trainer, ToyModule(), "fit")
+    Throughput(flops=1e6).setup(trainer, ToyModule(), "fit")
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,11 @@ COLLECTIONS = {"callbacks/default", "callbacks/none", "logger/none"}
 OF = dict.fromkeys(("tisslm_document", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "lm_gpu"), "lm")
 OF["t2l_document"] = "t2l"
 OF |= dict.fromkeys(("code_search", "hard_negatives", "retrieval_student", "vembed_document", "loss"), "retrieval")
-OF |= dict.fromkeys(("network",), "classification")
+OF |= dict.fromkeys(("fine_tune", "network"), "classification")
 # What a choice needs before it can be composed or built.
 NEEDS = {
     "experiment/retrieval_student": ["task.teacher.weights=teacher.safetensors"],
+    "network/transformers": ["task.network.backbone.name_or_path=model"],
     "data/spectra": ["data.path=spectra.npy"],
     "data/text": ["data.path=text.txt", "data.context_length=32", "data.batch_size=8", "data.cache_dir=cache"],
     "data/text_stream": ["data.path=tokens", "data.context_length=32", "data.batch_size=8"],
@@ -80,7 +81,7 @@ def composed(path):
 
 
 def test_the_glob_finds_every_file_and_hydra_every_choice():
-    assert len(FILES) == sum(1 for _ in CONFIGS.rglob("*.yaml")) - 1  # all but train.yaml
+    assert len(FILES) == sum(1 for _ in CONFIGS.rglob("*.yaml")) - 2  # all but train.yaml and Hydra's sweeper
     assert {path.parent.name for path in FILES} == set(GROUPS)
     with config_loader() as loader:
         listed = {f"{group}/{choice}" for group in GROUPS for choice in choices(loader, group)}
@@ -97,7 +98,7 @@ def test_the_first_comment_says_what_it_is(path):
 # What a data module says of itself to the task's config.
 SIZES = {
     "seq_len": 200, "vocab_size": 2048, "context_length": 256, "channels": 1, "image_size": 32,
-    "modalities": ["image", "text"], "query_mode": "together",
+    "modalities": ["image", "text"], "query_mode": "together", "eval_shift": 0,
     "layers": [["blocks.0.up", 48, 96]], "rank": 4, "scaling": 1.0, "embedding_dim": 64,
     "classes": ["0", "1"], "class_counts": [9, 9], "n_classes": 2, "features": 4,
 }  # fmt: skip
@@ -170,7 +171,7 @@ def test_the_trainers_list_every_parameter_that_is_not_given_by_the_run():
 @pytest.mark.parametrize("path", of("trainer"))
 def test_trainers_build_where_their_device_is(path):
     node = composed(path).trainer
-    if path.stem in ("gpu", "fsdp") and not torch.cuda.is_available():
+    if path.stem in ("gpu", "fsdp", "fsdp_tp") and not torch.cuda.is_available():
         with pytest.raises(UserError, match="trainer: .*(No supported gpu backend found|cuda)"):
             build(node, "trainer", ALLOW, logger=False)
         return
@@ -233,4 +234,4 @@ def test_every_task_and_callback_of_ours_has_its_page_and_its_test(group):
         found = [test.stem for test in (ROOT / "tests").rglob(f"test_{path.stem}.py")]
         assert len(found) == 1, path
         checked += 1
-    assert checked == {"task": 4, "callbacks": 20}[group]
+    assert checked == {"task": 5, "callbacks": 20}[group]
