@@ -27,10 +27,11 @@ from trainerkit.testing._kill_runs import SMALL
 QUICK = ["trainer=cpu", "trainer.max_epochs=1", "trainer.log_every_n_steps=3", "callbacks.progress_bar=null"]
 # Callbacks that are for one task's predictions, and what is written then; every task has a line here.
 PREDICTING = {"mae": "callbacks=[default,latent_clusters]"}
-PREDICTING |= dict.fromkeys(("classification", "lm", "retrieval", "t2l"), "callbacks=[default]")
+PREDICTING |= dict.fromkeys(("classification", "gan", "lm", "retrieval", "t2l"), "callbacks=[default]")
 PREDICTED = {
     "mae": {"latent.npy", "clusters.npy", "clusters.json", "predictions.safetensors"},
     "classification": {"class.npy", "probability.npy", "predictions.safetensors"},
+    "gan": {"picture.npy", "class.npy", "samples.png", "predictions.safetensors"},
     "lm": {"tokens.npy", "text.jsonl", "predictions.safetensors"},
     "retrieval": {"embedding.npy", "query.npy", "predictions.safetensors"},
     "t2l": {"adapter_model.safetensors", "adapter_config.json"},  # in folders of their own, in this format alone

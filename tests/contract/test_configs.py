@@ -34,6 +34,7 @@ OF = dict.fromkeys(("tisslm_document", "gpt2", "gpt2_medium", "gpt2_large", "gpt
 OF["t2l_document"] = "t2l"
 OF |= dict.fromkeys(("code_search", "hard_negatives", "retrieval_student", "vembed_document", "loss"), "retrieval")
 OF |= dict.fromkeys(("fine_tune", "network"), "classification")
+OF |= dict.fromkeys(("gan_hinge", "gan_wgan_gp"), "gan")
 # What a choice needs before it can be composed or built.
 NEEDS = {
     "experiment/retrieval_student": ["task.teacher.weights=teacher.safetensors"],
@@ -234,4 +235,4 @@ def test_every_task_and_callback_of_ours_has_its_page_and_its_test(group):
         found = [test.stem for test in (ROOT / "tests").rglob(f"test_{path.stem}.py")]
         assert len(found) == 1, path
         checked += 1
-    assert checked == {"task": 5, "callbacks": 20}[group]
+    assert checked == {"task": 6, "callbacks": 20}[group]

@@ -100,8 +100,12 @@ def test_penalties_equal_a_loop_over_slopes():
     squares, norms = [], []
     for i in range(4):
         between = share[i] * real[i].flatten() + (1 - share[i]) * fake[i].flatten()
-        norms.append(math.sqrt(sum(float(3 * w * x**2) ** 2 for w, x in zip(score.weight, between, strict=True))))
-        squares.append(sum(float(3 * w * x**2) ** 2 for w, x in zip(score.weight, real[i].flatten(), strict=True)))
+        norms.append(
+            math.sqrt(sum(float(3 * w * x**2) ** 2 for w, x in zip(score.weight.detach(), between, strict=True)))
+        )
+        squares.append(
+            sum(float(3 * w * x**2) ** 2 for w, x in zip(score.weight.detach(), real[i].flatten(), strict=True))
+        )
     expected = sum((norm - 1) ** 2 for norm in norms) / 4
     assert gradient_penalty(score, real, fake, share).item() == pytest.approx(expected, rel=1e-10)
     assert r1_penalty(score, real).item() == pytest.approx(sum(squares) / 8, rel=1e-10)
@@ -350,7 +354,8 @@ def test_a_grid_has_each_picture_in_its_place(tmp_path):
     assert both.shape == (1, 58, 2 * 88 + 16)
     assert torch.equal(both[:, :, -88:], one)
     write_png(tmp_path / "new" / "x.png", both)
-    assert torch.equal(torch.from_numpy(np.array(Image.open(tmp_path / "new" / "x.png"))), both[0])
+    with Image.open(tmp_path / "new" / "x.png") as picture:
+        assert torch.equal(torch.from_numpy(np.array(picture)), both[0])
     write_png(tmp_path / "rgb.png", grid(torch.rand(2, 3, 8, 8), 2))
-    picture = Image.open(tmp_path / "rgb.png")
-    assert (picture.mode, picture.size) == ("RGB", (2 * 32 + 2, 32))  # four times the size
+    with Image.open(tmp_path / "rgb.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (2 * 32 + 2, 32))  # four times the size
