@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zstandard
 from omegaconf import OmegaConf
 
-from tests.support import ROOT, small_library, small_text, smooth_spectra
+from tests.support import ROOT, small_library, small_pictures, small_text, smooth_spectra
 from trainerkit.compose import compose_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,6 +38,8 @@ SMALL_LM = [
 SMALL_RETRIEVAL = ["data.batch_size=8", "trainer.check_val_every_n_epoch=1", "callbacks.neighbours.n_queries=2"]
 # The same for the library of rules, which is trained before.
 SMALL_RULES = ["data.rules=24", "data.val_rules=1", "data.test_rules=2", "data.steps=2", "data.base_steps=2"]
+# The same for classification: the support vector machine takes seconds of MNIST.
+SMALL_CLASSIFICATION = ["callbacks.classification_report.baselines=false"]
 # CI runs the first of these as they are (.ci/run); benchmarks are run by hand, and imported below; test_kill.py kills.
 BY_CI = ("pip install", ".ci/run", "pytest tests/callbacks", "ruff check", "python -m tests.benchmarks")
 BY_CI += ("python -m trainerkit.testing.kill",)
@@ -81,6 +84,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
     small_library(tmp_path / "adapters")
+    small_pictures(tmp_path / "mine")
+    small_pictures(tmp_path / "new_pictures", classes=1, each=3)
     (tmp_path / "descriptions.txt").write_text("say yes to red ones\nis it blue and long?\n")
     return tmp_path
 
@@ -104,6 +109,8 @@ def shortened(line):
         short = [option for option in short if "epochs" not in option] + SMALL_LM
     if "task=retrieval" in words:
         short = short + SMALL_RETRIEVAL
+    if "task=classification" in words:
+        short = short + SMALL_CLASSIFICATION
     if "task=t2l" in words and "data=lora_library" not in words:
         short = short + SMALL_RULES
     chosen = {word.partition("=")[0] for word in words}
@@ -130,7 +137,8 @@ def test_the_readme_opens_with_the_two_commands():
     ]
 
 
-PYTHON_PAGES = [page for page in PAGES if blocks(page, "python") and page.name != "your_task.md"]
+WORD_BY_WORD = ("your_task.md", "your_parts.md")  # pages that write files: tests of their own follow them
+PYTHON_PAGES = [page for page in PAGES if blocks(page, "python") and page.name not in WORD_BY_WORD]
 
 
 @pytest.mark.filterwarnings("ignore:.*tensorboardX.*")  # of a Trainer that is made without a logger argument
@@ -142,7 +150,7 @@ def test_every_python_block_runs(page, folder, monkeypatch):
         exec(compile(code, str(page), "exec"), namespace)
 
 
-COMMAND_PAGES = [page for page in PAGES if commands(page) and page.name != "your_task.md"]
+COMMAND_PAGES = [page for page in PAGES if commands(page) and page.name not in WORD_BY_WORD]
 SLOW_PAGES = ("scaling.md",)  # several processes for each command
 
 
@@ -190,17 +198,65 @@ def test_what_the_pages_show_of_the_screen_is_what_it_says(tmp_path):
     assert shown >= 3
 
 
+def write_files(page, folder):
+    """Every block of a page as the file that it names; how many there are."""
+    named = [block for language in ("python", "yaml") for block in blocks(page, language)]
+    for info, text in named:
+        assert info.startswith("file="), info
+        path = folder / info.removeprefix("file=")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return len(named)
+
+
+def test_your_own_metric_callback_data_set_and_optimizers_word_by_word(tmp_path):
+    page = ROOT / "docs" / "your_parts.md"
+    assert write_files(page, tmp_path) == 5
+    first, second = (f"{line} trainer=cpu callbacks.progress_bar=null trainer.max_epochs=2" for line in commands(page))
+    run(first, tmp_path)
+    metrics = json.loads((tmp_path / "runs/bars/results.json").read_text())["metrics"]
+    assert metrics["train/rows_seen"] == 2 * 400
+    worst = min(metrics["test/upright/recall"], metrics["test/flat/recall"])
+    assert metrics["test/worst"] == pytest.approx(worst, abs=1e-6)
+    assert metrics["test/accuracy"] > 0.9
+    saved = torch.load(tmp_path / "runs/bars/checkpoints/last.ckpt", weights_only=True)
+    assert saved["callbacks"]["RowsSeen"] == {"rows": 800}
+    assert all(list(state) == ["mean"] for state in saved["optimizer_states"][0]["state"].values())  # Lion's
+    # The same command goes on, with all of it.
+    run(first.replace("max_epochs=2", "max_epochs=3"), tmp_path)
+    assert json.loads((tmp_path / "runs/bars/results.json").read_text())["metrics"]["train/rows_seen"] == 3 * 400
+
+    run(second, tmp_path)
+    turns = torch.load(tmp_path / "runs/encoder/checkpoints/last.ckpt", weights_only=True)["turns"]
+    assert turns["steps"] == {"discriminator": 26, "generator": 26, "encoder": 13}
+    assert json.loads((tmp_path / "runs/encoder/results.json").read_text())["metrics"]["train/encoder_loss"] < 1.2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("data.batch_size=0", "data.batch_size=0: must be 1 or more"),
+        ("optimizer.lr=-1", "lr=-1"),
+        ("data=bar", "Did you mean bars?"),
+    ],
+)
+def test_what_is_wrong_with_your_own_parts_is_answered_like_the_rest(tmp_path, wrong, said):
+    page = ROOT / "docs" / "your_parts.md"
+    write_files(page, tmp_path)
+    line = commands(page)[0] if wrong != "data=bar" else commands(page)[0].replace("data=bars", "")
+    python = f'{line} trainer=cpu "{wrong}"'.replace("python -m", f"{shlex.quote(sys.executable)} -m")
+    answer = subprocess.run(
+        ["bash", "-c", python], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 2
+    assert said in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert len(answer.stderr.splitlines()) <= 6
+
+
 def test_your_own_task_in_ten_minutes_word_by_word(tmp_path):
     page = ROOT / "docs" / "your_task.md"
-    files = 0
-    for language in ("python", "yaml"):
-        for info, text in blocks(page, language):
-            path = tmp_path / info.removeprefix("file=")
-            assert info.startswith("file="), info
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            files += 1
-    assert files == 3
+    assert write_files(page, tmp_path) == 3
     first, second, contract = commands(page)
     screen = run(f"{first} trainer=cpu callbacks.progress_bar=null", tmp_path)
     accuracy = float(re.search(r"val/accuracy +([\d.]+)", screen)[1])

@@ -19,7 +19,7 @@ class PictureAugment(nn.Module):
         ValueError: for a number that is out of its range.
     """
 
-    def __init__(self, shift: float = 0.06, rotation: float = 10.0, scale: float = 0.15, mirror: float = 0.0) -> None:
+    def __init__(self, shift: float = 0.12, rotation: float = 15.0, scale: float = 0.25, mirror: float = 0.0) -> None:
         super().__init__()
         self.by = Augmentation(shift, rotation, scale)
         if not 0 <= mirror <= 1:

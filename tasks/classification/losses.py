@@ -82,10 +82,11 @@ def given_weights(weights: Sequence[float] | Mapping[str, float], classes: Seque
         ValueError: for another number of them, a name that is no class, or a weight below 0.
     """
     if isinstance(weights, Mapping):
-        unknown = [name for name in weights if name not in classes]
+        named = {str(name): weight for name, weight in weights.items()}  # YAML takes the name 3 for a number
+        unknown = [name for name in named if name not in classes]
         if unknown:
-            raise ValueError(f"class_weights={dict(weights)}: {unknown[0]} is no class; they are {', '.join(classes)}")
-        weights = [weights.get(name, 1.0) for name in classes]
+            raise ValueError(f"class_weights={named}: {unknown[0]} is no class; they are {', '.join(classes)}")
+        weights = [named.get(name, 1.0) for name in classes]
     if len(weights) != len(classes):
         raise ValueError(f"class_weights={list(weights)}: must be {len(classes)} numbers, one for each class")
     if any(not 0 <= weight < float("inf") for weight in weights) or not any(weights):

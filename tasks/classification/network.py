@@ -10,6 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainerkit.errors import UserError
 from trainerkit.nn.weights import fill, read_weights
 
 Pooling = Literal["first", "mean"]
@@ -110,10 +111,10 @@ class PictureCNN(nn.Module):
         """(B, C, H, W) in 0..1 to (B, F).
 
         Raises:
-            ValueError: for what is no picture, or too small.
+            trainerkit.errors.UserError: for what is no picture, or too small.
         """
         if x.ndim != 4 or min(x.shape[2:]) < 2 ** len(self.stages):
-            raise ValueError(
+            raise UserError(
                 f"widths: {len(self.stages)} stages take pictures of {2 ** len(self.stages)} pixels or more, not "
                 f"{tuple(x.shape[1:])}; for a table choose network=mlp"
             )

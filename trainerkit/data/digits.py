@@ -15,7 +15,7 @@ SIDE = 8
 
 
 class Digits(PictureModule):
-    """Handwritten digits, the first 898 to train and validate, the other 899 to test: other writers, in the main.
+    """Handwritten digits, the first 898 to train and validate, the other 899 to test.
 
     A batch is `{"x": (B, 1, 8, 8) in 0..1, "y": (B,), "index": (B,)}`; prediction gives out all 1,797 in order.
 
