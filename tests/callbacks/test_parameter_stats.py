@@ -433,9 +433,7 @@ def test_nothing_that_waits_is_lost(tmp_path, why, monkeypatch):
     if why == "most":
         monkeypatch.setattr("trainerkit.callbacks.parameter_stats._MOST_WAITING", 2)
         monkeypatch.setattr(Acts, "on_train_batch_end", lambda *_: rows_then.append(list(log.rows)))
-    validation = (
-        {"val_check_interval": 2} if why == "validation" else {"limit_val_batches": 0}
-    )
+    validation = {"val_check_interval": 2} if why == "validation" else {"limit_val_batches": 0}
     trainer = toy_trainer(tmp_path, [stats, Acts()], max_epochs=1, logger=log, **validation)
     loaders = [toy_loader(), toy_loader()]
     if why in ("ctrl_c", "broken_device"):
