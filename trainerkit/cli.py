@@ -159,6 +159,8 @@ def _hand_to_hydra(
         sys.argv = [sys.argv[0], *flags, *overrides]
         start(lambda cfg: None)()  # prints a config, and runs nothing
         return
+    if others := [flag for flag in flags if flag.startswith("-") and flag not in ("-m", "--multirun")]:
+        raise UserError(f"-m with {' '.join(others)}: what prints a config starts no sweep; leave out one of them.")
     trust = partial(_check_trust, overrides=overrides)  # a config that the sweep chose may have set it
     sweep = Sweep(cfg, overrides, allow, _again(config_dir, trusted), trust)
     sys.argv = [sys.argv[0], *flags, *sweep.overrides]

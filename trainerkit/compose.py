@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from trainerkit.errors import UserError, did_you_mean, either, first_lines, nearest
@@ -55,10 +56,11 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
         for override in parsed:
             _check_group(override, groups, loader)
         chosen = [next(texts(override)) for override in parsed]
-        _check_keys(parsed, chosen, groups)
+        _check_keys(parsed, chosen, groups, loader)
         try:
             return compose(CONFIG_NAME, overrides=chosen)
         except Exception as error:  # also ValueError and AssertionError, for what its grammar lets through
+            _check_keys_of_hydra(parsed, chosen, loader)
             raise _of_composing(error, parsed) from error
 
 
@@ -178,7 +180,7 @@ def texts(override: Override) -> Iterator[str]:
         yield from (f"{key}={value}" for value in override.sweep_string_iterator())
 
 
-def _check_keys(parsed: list[Override], chosen: list[str], groups: set[str]) -> None:
+def _check_keys(parsed: list[Override], chosen: list[str], groups: set[str], loader: ConfigLoader) -> None:
     """Every key that is overridden must be there once the groups are chosen; `+key=` adds on purpose."""
 
     def is_choice(override: Override) -> bool:
@@ -191,6 +193,7 @@ def _check_keys(parsed: list[Override], chosen: list[str], groups: set[str]) -> 
     try:
         config = compose(CONFIG_NAME, overrides=[text for o, text in zip(parsed, chosen, strict=True) if is_choice(o)])
     except Exception as error:  # as above
+        _check_keys_of_hydra(parsed, chosen, loader)
         raise _of_composing(error, parsed) from error
     keys = list(_keys(config))
     for override in values:
@@ -208,6 +211,20 @@ def _of_composing(error: Exception, parsed: list[Override]) -> UserError:
         task = str(given.get("task")).partition("=")[2]
         return UserError(f"{given.get(match[1], match[1])}: the task {task} has no {match[1]} to choose.")
     return UserError(first_lines(error))
+
+
+def _check_keys_of_hydra(parsed: list[Override], chosen: list[str], loader: ConfigLoader) -> None:
+    """The same for `hydra.…`, which `compose` leaves out of what it gives."""
+    own = [override for override in parsed if override.key_or_group.startswith("hydra.") and not override.is_add()]
+    others = [text for override, text in zip(parsed, chosen, strict=True) if override not in own]
+    if not own:
+        return
+    config = loader.load_configuration(CONFIG_NAME, others, RunMode.RUN)
+    keys = list(_keys(config))
+    for override in own:
+        key = override.key_or_group
+        if key not in keys:
+            raise UserError(f"{key}: there is no such key. {_suggestion(key, config, keys)}")
 
 
 def _suggestion(key: str, config: DictConfig, keys: list[str]) -> str:

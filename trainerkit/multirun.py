@@ -17,6 +17,7 @@ from trainerkit.errors import UserError, answering, first_lines
 from trainerkit.plugins import AllowList
 from trainerkit.sweep import Job, begin, check_folder, finish, objective, report, swept_keys, value_of
 
+_REFUSED = 2
 _STOPPED = (75, 130)  # 'try again later', and Ctrl-C
 
 
@@ -135,6 +136,8 @@ class Sweep:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, stack: object) -> None:
         """Print and write the table, also where the sweep was cut short."""
+        if isinstance(error, SystemExit) and error.code == _REFUSED:
+            return
         jobs = report(self.folder, self._objective)
         if kind is None and jobs and all(job.value is None for job in jobs):
             raise UserError(f"all {len(jobs)} jobs of the sweep failed; the first: {jobs[0].error}")

@@ -125,7 +125,7 @@ class Study:
             self._study.set_user_attr("asked", asked)
         elif before != asked:
             changed = [name for name in asked if before.get(name) != asked[name]]
-            lines = [f"{name}: was {before.get(name)}, is {asked[name]}" for name in changed]
+            lines = [_change(name, before.get(name), asked[name]) for name in changed]
             raise UserError(
                 "out_dir: holds another sweep; take another, or its command as it was (n_trials may grow).\n  "
                 + "\n  ".join(lines)
@@ -157,6 +157,14 @@ class Study:
         if self._sampler == "random":
             return samplers.RandomSampler(seed=seed)
         return samplers.TPESampler(seed=seed, n_startup_trials=self._startup_trials)
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """A line of how a command differs from that of the study; of its overrides those that differ."""
+    if isinstance(before, list) and isinstance(now, list):
+        only = [word for word in before if word not in now], [word for word in now if word not in before]
+        before, now = (" ".join(words) or "not there" for words in only)
+    return f"{name}: was {before}, is {now}"
 
 
 def distribution(override: Override) -> Any:

@@ -201,7 +201,8 @@ def table(jobs: Sequence[Job], metric: str) -> list[str]:
     keys = _keys(jobs)
     rows = [[metric, *keys, "seconds", "folder"]]
     for job in jobs[:_LONGEST]:
-        value = "failed" if job.value is None else f"{job.value:.6g}"
+        lacking = "stopped" if job.seconds is None else "failed"
+        value = lacking if job.value is None else f"{job.value:.6g}"
         seconds = "" if job.seconds is None else f"{job.seconds:.0f}"
         rows.append([value, *(_short(job.params.get(key, "")) for key in keys), seconds, str(job.number)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -63,6 +63,8 @@ def _against(panel: Any, rows: Sequence[Row], key: str, metric: str, best: Row) 
         panel.margins(x=0.2)
     elif min(numbers) > 0 and max(numbers) >= _WIDE * min(numbers):
         panel.set_xscale("log")
+    elif all(map(float.is_integer, numbers)):
+        panel.xaxis.get_major_locator().set_params(integer=True)
     panel.plot(numbers, [value for _, _, value in rows], "o", color="tab:blue", alpha=0.7)
     marked = [x for x, (number, _, _) in zip(numbers, rows, strict=True) if number == best[0]]
     panel.plot(marked, [best[2]] * len(marked), "*", color="tab:orange", markersize=14)
