@@ -49,14 +49,14 @@ class Judge(nn.Module):
         return torch.cat([features for features, _ in parts]), torch.cat([logits for _, logits in parts])
 
 
-def train_judge(x: Tensor, y: Tensor, n_classes: int, epochs: int = 12, seed: int = 0) -> Judge:
+def train_judge(x: Tensor, y: Tensor, n_classes: int, steps: int = 700, seed: int = 0) -> Judge:
     """Train a judge; moves no global random state of the CPU.
 
     Args:
         x: pictures, (N, C, H, W) in 0..1.
         y: their classes, (N,) int64.
         n_classes: number of classes.
-        epochs: times that each picture is seen.
+        steps: of the optimizer, each with 64 pictures.
         seed: of initial weights, order, shifts and dropout.
 
     Returns:
@@ -65,14 +65,12 @@ def train_judge(x: Tensor, y: Tensor, n_classes: int, epochs: int = 12, seed: in
     with RandomStream(seed), torch.enable_grad(), torch.inference_mode(False):
         judge = Judge(x.shape[1], x.shape[-1], n_classes).to(x.device)
         optimizer = torch.optim.Adam(judge.parameters(), lr=_RATE)
-        steps = epochs * -(-len(x) // _BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
-        for _ in range(epochs):
-            for rows in torch.randperm(len(x)).to(x.device).split(_BATCH):
-                draws = torch.rand(len(rows), 2).to(x.device)
-                moved = shifted(x[rows], draws, round(_SHIFT * x.shape[-1]), fill=0.0)
-                optimizer.zero_grad()
-                cross_entropy(judge(moved)[1], y[rows]).backward()
-                optimizer.step()
-                schedule.step()
+        for _ in range(steps):
+            rows = torch.randint(len(x), (_BATCH,)).to(x.device)
+            moved = shifted(x[rows], torch.rand(_BATCH, 2).to(x.device), round(_SHIFT * x.shape[-1]), fill=0.0)
+            optimizer.zero_grad()
+            cross_entropy(judge(moved)[1], y[rows]).backward()
+            optimizer.step()
+            schedule.step()
     return judge.eval().requires_grad_(False)

@@ -53,26 +53,26 @@ class SampleReport(Callback):
     Args:
         validation: compare after validations too.
         neighbours: k of `precision_and_recall`.
-        judge_epochs: times that the judge sees each training picture.
+        judge_steps: optimizer steps of the judge, each with 64 pictures.
         limit: of pictures of each part, evenly thinned out.
 
     Raises:
-        ValueError: for a number below 1, or a limit below 16.
+        ValueError: for a number below 1, fewer than 2 steps, or a limit below 16.
     """
 
     def __init__(
-        self, validation: bool = True, neighbours: int = 3, judge_epochs: int = 12, limit: int = 10_000
+        self, validation: bool = True, neighbours: int = 3, judge_steps: int = 700, limit: int = 10_000
     ) -> None:
         for name, number, least in (
             ("neighbours", neighbours, 1),
-            ("judge_epochs", judge_epochs, 1),
+            ("judge_steps", judge_steps, 2),
             ("limit", limit, 16),
         ):
             if number < least:
                 raise ValueError(f"{name}={number}: must be {least} or more")
         self.validation = validation
         self.neighbours = neighbours
-        self.judge_epochs = judge_epochs
+        self.judge_steps = judge_steps
         self.limit = limit
         self._judge: Judge | None = None
         self._held_out: tuple[Tensor, Tensor] | None = (
@@ -146,7 +146,7 @@ class SampleReport(Callback):
     def _judge_of(self, task: GanTask, data: HasPictures) -> Judge:
         if self._judge is None:
             train = self._part(task, data, "train")
-            self._judge = train_judge(train["x"], train["y"], len(data.classes), self.judge_epochs)
+            self._judge = train_judge(train["x"], train["y"], len(data.classes), self.judge_steps)
         return self._judge
 
     def _part(self, task: GanTask, data: HasPictures, name: str) -> dict[str, Tensor]:

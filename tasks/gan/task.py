@@ -109,8 +109,8 @@ class GanTask(AlternatingTask):
 
     def forward(self, rows: Tensor, y: Tensor | None = None) -> Tensor:
         """Samples in 0..1, (B, C, H, W): those that evaluation makes for these row numbers (B,) and classes (B,)."""
-        noise = row_normals(self.seed, 0, rows, self.noise_dim, STREAMS["evaluation"])
-        return (self._made(noise, y).float() + 1) / 2
+        noise = row_normals(self.seed, 0, rows, self.noise_dim, STREAMS["evaluation"]).to(self.dtype)
+        return (self._made(noise, y).to(self.dtype) + 1) / 2
 
     def turn_loss(self, name: str, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of the discriminator or the generator."""
@@ -143,11 +143,11 @@ class GanTask(AlternatingTask):
             name: of the turn.
             rows: numbers of the rows, (B,).
         """
-        return row_normals(self.seed, self.current_epoch, rows, self.noise_dim, STREAMS[name])
+        return row_normals(self.seed, self.current_epoch, rows, self.noise_dim, STREAMS[name]).to(self.dtype)
 
     def _discriminator_loss(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         rows, y = self._rows(batch, batch_idx), self._classes(batch)
-        real = _pictures(batch) * 2 - 1
+        real = self._real(batch)
         with torch.no_grad():
             made = self._made(self.noise("discriminator", rows), y).to(real.dtype)
         real, made = self._augmented(real, rows, "augment real"), self._augmented(made, rows, "augment made")
@@ -182,9 +182,12 @@ class GanTask(AlternatingTask):
     def _evaluate(self, stage: str, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         rows, y = self._rows(batch, batch_idx), self._classes(batch)
         made = self._scores(self(rows, y) * 2 - 1, y)
-        real = self._scores(_pictures(batch) * 2 - 1, y)
+        real = self._scores(self._real(batch), y)
         self.track(f"{stage}/discriminator_loss", discriminator_loss(self.loss, real, made), weight=len(rows))
         self.track(f"{stage}/generator_loss", generator_loss(self.loss, made), weight=len(rows))
+
+    def _real(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return _pictures(batch).to(self.dtype) * 2 - 1
 
     def _made(self, noise: Tensor, y: Tensor | None) -> Tensor:
         pictures: Tensor = self.generator(noise) if y is None else self.generator(noise, y)

@@ -328,8 +328,8 @@ def test_a_judge_learns_and_moves_no_random_state_in_inference_mode_too():
     x, y = stripes()
     state = torch.get_rng_state()
     with torch.inference_mode():
-        judge = train_judge(x, y, 2, epochs=4)
-        again = train_judge(x.clone(), y, 2, epochs=4)
+        judge = train_judge(x, y, 2, steps=40)
+        again = train_judge(x.clone(), y, 2, steps=40)
     assert torch.equal(torch.get_rng_state(), state)
     unseen, truth = stripes(seed=1)
     found, logits = judge.look_at(unseen)

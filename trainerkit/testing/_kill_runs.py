@@ -209,7 +209,7 @@ def _gan(folder: Path) -> list[str]:
         "task.r1_every=2",
         f"{optimizers}.generator.accumulate_grad_batches=2",
         f"{optimizers}.discriminator.gradient_clip_val=1.0",
-        "callbacks.sample_report.judge_epochs=1",
+        "callbacks.sample_report.judge_steps=10",
         "callbacks.sample_grid.rows=1",
     ]
 
