@@ -321,7 +321,7 @@ def test_what_a_sweep_cannot_be_is_answered_before_its_first_job(folder):
         ("optimizer.lr=interval(0,1)",): "add hydra/sweeper=optuna, or give some: optimizer.lr=a,b",
         ("out_dir=a,b",): "out_dir: a sweep has one folder",
         ("hydra/launcher=joblb",): "Did you mean joblib?",
-        ("hydra/sweeper=optuna", "hydra.sweeper.n_trails=2", "seed=1,2"): "Did you mean hydra.sweeper.n_trials?",
+        ("hydra/sweeper=optuna", "hydra.sweeper.n_trails=2", "seed=1,2"): "Did you mean hydra.sweeper.n_trials, ",
         ("hydra/sweeper=optuna", "seed=1"): "hydra/sweeper=optuna: nothing to search",
         ("--cfg", "job", "seed=1,2"): "-m with --cfg: what prints a config starts no sweep",
         ("sweep.direction=up", "seed=1,2"): "sweep.direction=up: must be one of",
