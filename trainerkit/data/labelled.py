@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trainerkit.data.loader import ArrayDataset, Batch, BatchLoader, EpochBatches
+from trainerkit.data.loader import ArrayDataset, Batch, BatchLoader, EpochBatches, ranks_of
 from trainerkit.errors import UserError
 
 Part = Literal["train", "val", "test"]
@@ -129,9 +129,9 @@ class LabelledModule(LightningDataModule):
         return self._loader(self.sets.predicted)
 
     def _loader(self, dataset: Dataset[Batch], *, is_training: bool = False) -> BatchLoader:
-        world = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank} if self.trainer else {}
         length = len(dataset)  # type: ignore[arg-type]
-        batches = EpochBatches(length, self.batch_size, shuffle=is_training, seed=self.seed, even=is_training, **world)
+        ranks = ranks_of(self.trainer)
+        batches = EpochBatches(length, self.batch_size, shuffle=is_training, seed=self.seed, even=is_training, **ranks)
         return BatchLoader(dataset, batches, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
 
