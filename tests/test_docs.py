@@ -40,6 +40,8 @@ SMALL_RETRIEVAL = ["data.batch_size=8", "trainer.check_val_every_n_epoch=1", "ca
 SMALL_RULES = ["data.rules=24", "data.val_rules=1", "data.test_rules=2", "data.steps=2", "data.base_steps=2"]
 # The same for classification: the support vector machine takes seconds of MNIST.
 SMALL_CLASSIFICATION = ["callbacks.classification_report.baselines=false"]
+# The same for a GAN, whose judge is trained first.
+SMALL_GAN = ["callbacks.sample_report.judge_steps=2", "callbacks.sample_report.limit=64"]
 # CI runs the first of these as they are (.ci/run); benchmarks are run by hand, and imported below; test_kill.py kills.
 BY_CI = ("pip install", ".ci/run", "pytest tests/callbacks", "ruff check", "python -m tests.benchmarks")
 BY_CI += ("python -m trainerkit.testing.kill",)
@@ -111,6 +113,8 @@ def shortened(line):
         short = short + SMALL_RETRIEVAL
     if "task=classification" in words:
         short = short + SMALL_CLASSIFICATION
+    if "task=gan" in words:
+        short = short + SMALL_GAN
     if "task=t2l" in words and "data=lora_library" not in words:
         short = short + SMALL_RULES
     chosen = {word.partition("=")[0] for word in words}
