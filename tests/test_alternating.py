@@ -164,6 +164,25 @@ def test_each_has_its_own_frequency_and_the_first_ones_steps_are_the_runs(tmp_pa
     assert {"step-00000016", "step-00000020"} <= names
 
 
+def test_a_turn_without_an_optimizer_or_a_schedule_takes_the_tasks(tmp_path):
+    own = Turn("generator", partial(torch.optim.SGD, lr=0.5), partial(StepLR, step_size=5, gamma=0.5))
+
+    class Common(AlternatingTask):
+        turn_loss = GAN.turn_loss
+
+        def __init__(self):
+            turns = {"discriminator": Turn("discriminator"), "generator": own}
+            super().__init__(turns, optimizer=ADAM, scheduler=partial(StepLR, step_size=10, gamma=0.1))
+            self.generator, self.discriminator, self.fails_in = nn.Linear(2, 3), nn.Linear(3, 1), None
+
+    trainer = fit(tmp_path, Common().double(), max_epochs=1)
+    discriminator, generator = trainer.optimizers
+    assert type(discriminator) is torch.optim.Adam
+    assert type(generator) is torch.optim.SGD
+    assert discriminator.param_groups[0]["lr"] == pytest.approx(1e-3)  # 1e-2, a tenth of it after ten steps
+    assert generator.param_groups[0]["lr"] == pytest.approx(0.125)
+
+
 def test_max_steps_counts_the_first_ones_steps(tmp_path):
     task = GAN()
     trainer = fit(tmp_path, task, max_steps=7, max_epochs=-1)

@@ -42,6 +42,11 @@ CONFIGURATIONS: dict[str, list[str]] = {
     "ddp": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
 }
 
+# Of several optimizers each accumulates for itself.
+_SEVERAL = {
+    ("gan", "trainer.accumulate_grad_batches=3"): "task.optimizers.discriminator.accumulate_grad_batches=3",
+}
+
 
 def small_run(task: str, configuration: str, folder: Path) -> list[str]:
     """The command line of a run of about a second.
@@ -54,7 +59,7 @@ def small_run(task: str, configuration: str, folder: Path) -> list[str]:
     overrides = [f"task={task}"]
     if task in SMALL:
         overrides += SMALL[task](folder)
-    overrides += CONFIGURATIONS[configuration]  # may say otherwise
+    overrides += [_SEVERAL.get((task, word), word) for word in CONFIGURATIONS[configuration]]  # may say otherwise
     if configuration != "ddp":
         overrides.append("trainer=cpu")
     return [
