@@ -86,7 +86,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "prompts.txt").write_text("def \nclass \n")
     small_library(tmp_path / "adapters")
-    small_pictures(tmp_path / "mine")
+    small_pictures(tmp_path / "pictures")
     small_pictures(tmp_path / "new_pictures", classes=1, each=3)
     (tmp_path / "descriptions.txt").write_text("say yes to red ones\nis it blue and long?\n")
     return tmp_path

@@ -214,8 +214,10 @@ class AlternatingTask(Task):
         """Log how often each optimizer has stepped, where anything is logged."""
         if self.trainer._logger_connector.should_update_logs:
             counts = {"batches": self.batches, **{f"{name}_steps": count for name, count in self.steps.items()}}
-            for name, count in counts.items():
-                self.log(f"train/{name}", float(count), on_step=True, on_epoch=False, batch_size=1)
+            # Not by `self.log`: a run that goes on to end at once would not have them among its results.
+            metrics = {f"train/{name}": float(count) for name, count in counts.items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped)
         super().on_train_batch_end(outputs, batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

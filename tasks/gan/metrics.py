@@ -21,7 +21,9 @@ def frechet_distance(real: Tensor, made: Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # late: it takes half a second
 
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), normalize=True).to(real.device)
+    # One process computes it for all: the others would not be there to be asked for theirs.
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), normalize=True, sync_on_compute=False)
+    metric = metric.to(real.device)
     metric.update(real.double(), real=True)
     metric.update(made.double(), real=False)
     return max(0.0, float(metric.compute()))  # rounding may give less

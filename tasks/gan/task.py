@@ -120,6 +120,12 @@ class GanTask(AlternatingTask):
             return self._discriminator_loss(batch, batch_idx)
         return super().turn_loss(name, batch, batch_idx)
 
+    def on_validation_start(self) -> None:
+        """Have all processes evaluate what a checkpoint holds: batch norm's statistics are the first one's."""
+        if self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Both losses."""
         self._evaluate("val", batch, batch_idx)

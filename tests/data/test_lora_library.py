@@ -391,7 +391,7 @@ def test_files_of_descriptions_that_cannot_be_used_are_refused(library, tmp_path
 def test_processes_share_the_adapters_and_need_a_description_each(library):
     def of(rank, **options):
         data = LoraLibrary(str(library), **options)
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=None)
         data.setup("fit")
         return data
 

@@ -236,6 +236,7 @@ def test_a_checkpoint_brings_its_tokenizer_for_prediction(folder, tmp_path):
 
     class Predicting:
         world_size, global_rank = 1, 0
+        strategy = None
 
         class state:
             fn = "predict"
@@ -323,6 +324,7 @@ def test_prompts_that_cannot_be_used_are_refused(tmp_path):
 def test_fewer_windows_than_processes_are_refused(folder, options, message):
     class Nine:
         world_size, global_rank = 9, 0
+        strategy = None
 
     cache = str(folder.parent / "cache")
     data = TextData(str(folder / "29.txt"), cache_dir=cache, test_fraction=0.0, **options)
@@ -335,6 +337,7 @@ def test_fewer_windows_than_processes_are_refused(folder, options, message):
 def test_fewer_prompts_than_processes_are_refused(tmp_path):
     class Two:
         world_size, global_rank = 2, 0
+        strategy = None
 
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     for options in ({"prompt": "a"}, {}):
