@@ -23,6 +23,22 @@ from trainerkit.testing.processes import free_port
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Killed(Exception):
+    """What `Kill` raises."""
+
+
+class Kill(Callback):
+    """Ends a run after so many batches, which are in `killed.ckpt` in its folder."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/killed.ckpt")
+            raise Killed
+
+
 class ToyModule(LightningModule):
     """Linear regression y = Xw with a validation loss; the same for every callback's test."""
 

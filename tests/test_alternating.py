@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
-from tests.support import ROOT, toy_trainer, two_processes
+from tests.support import ROOT, Kill, Killed, toy_trainer, two_processes
 from trainerkit.alternating import AlternatingTask, Turn
 from trainerkit.build import build
 from trainerkit.callbacks import EMA, CrashSafeCheckpoint, ExactResume, ParameterStats
@@ -199,20 +199,6 @@ def test_counts_are_logged(tmp_path):
     assert rows == [[4, 5, 5, 2], [9, 10, 10, 5]]
     assert trainer.callback_metrics["train/generator"] > 0
     assert "train/batches" not in trainer.callback_metrics  # nor among the results
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill(Callback):
-    def __init__(self, batches):
-        self.batches = batches
-
-    def on_train_batch_end(self, trainer, module, *_):
-        if module.batches == self.batches:
-            trainer.save_checkpoint(f"{trainer.default_root_dir}/killed.ckpt")
-            raise Killed
 
 
 def test_a_run_killed_at_any_batch_goes_on_to_the_bit(tmp_path):

@@ -75,9 +75,8 @@ class SampleReport(Callback):
         self.judge_steps = judge_steps
         self.limit = limit
         self._judge: Judge | None = None
-        self._held_out: tuple[Tensor, Tensor] | None = (
-            None  # what it sees in the validation pictures, and their classes
-        )
+        # What it sees in the validation pictures, and their classes.
+        self._held_out: tuple[Tensor, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew: the data may be others."""

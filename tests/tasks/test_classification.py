@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torchmetrics.classification import MulticlassCohenKappa
 
-from tests.support import small_pictures, toy_trainer, two_processes
+from tests.support import Kill, Killed, small_pictures, toy_trainer, two_processes
 from tests.tasks.test_classification_parts import by_scikit_learn
 from trainerkit.callbacks import BestWeights, CrashSafeCheckpoint, ExactResume, ProgressiveUnfreezing, SavePredictions
 from trainerkit.cli import main
@@ -181,20 +181,6 @@ def test_two_processes_equal_one_with_the_double_batch(strategy, tmp_path):
         torch.testing.assert_close(found, torch.tensor(weight), rtol=0, atol=1e-5)
     for name, value in single["metrics"].items():
         assert outcomes[1]["result"]["metrics"][name] == pytest.approx(value, abs=1e-5), name
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(f"{trainer.default_root_dir}/killed.ckpt")
-            raise Killed
 
 
 def test_a_run_killed_anywhere_goes_on_to_the_bit(tmp_path):

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.nn.functional import softplus
 
-from tests.support import toy_trainer, two_processes
+from tests.support import Kill, Killed, toy_trainer, two_processes
 from trainerkit.alternating import Turn
 from trainerkit.callbacks import EMA, ExactResume
 from trainerkit.cli import main
@@ -181,20 +181,6 @@ def test_penalties_go_with_compiled_networks(tmp_path):
 
 
 # Resuming, several processes
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill(Callback):
-    def __init__(self, batches):
-        self.batches = batches
-
-    def on_train_batch_end(self, trainer, module, *_):
-        if module.batches == self.batches:
-            trainer.save_checkpoint(f"{trainer.default_root_dir}/killed.ckpt")
-            raise Killed
 
 
 @pytest.mark.parametrize("spectral_norm", [False, True])

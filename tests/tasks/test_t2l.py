@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from tests.support import small_library, toy_trainer, two_processes
+from tests.support import Kill, Killed, small_library, toy_trainer, two_processes
 from trainerkit.adapters import AdapterLayout, read_adapter
 from trainerkit.callbacks import CrashSafeCheckpoint, ExactResume
 from trainerkit.cli import main
@@ -142,20 +142,6 @@ def test_two_processes_equal_one_with_the_double_batch(strategy, tmp_path):
         torch.testing.assert_close(found, torch.tensor(weight), rtol=0, atol=1e-5)
     for name, value in single["metrics"].items():
         assert outcomes[0]["result"]["metrics"][name] == pytest.approx(value, abs=1e-5), name
-
-
-class Killed(Exception):
-    pass
-
-
-class Kill(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(f"{trainer.default_root_dir}/killed.ckpt")
-            raise Killed
 
 
 def test_a_run_killed_at_any_step_of_a_progressive_ramp_goes_on_to_the_bit(tmp_path):
