@@ -7,6 +7,7 @@ Shapes: B rows, C channels, H and W height and width of pictures, F width of the
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,11 @@ from trainerkit.tasks.retrieval.blocks import check_dropout, check_positive, mak
 class ImageCNN(nn.Module):
     """Stages of a convolution of stride 2, group normalisation and ReLU; then a grid of means, one after another.
 
+    The first convolution has a kernel of 6×6, computed as one of 3×3 on blocks of 2×2 pixels: a CPU, which has little
+    to do with a single channel, takes a fifth less for forward and backward than with 5×5. The others have 3×3.
+
     The grid keeps where in the picture something is, which tells glyphs apart and which one mean would lose. With the
-    defaults 370,560 parameters for one channel, and 9.9 million multiplications a picture of 32×32. A CPU takes 128
+    defaults 372,288 parameters for one channel, and 10.3 million multiplications a picture of 32×32. A CPU takes 128
     pictures at a time, whose activations stay near it: with 500 at once it takes a sixth longer.
 
     Args:
@@ -27,7 +31,6 @@ class ImageCNN(nn.Module):
         image_size: the smaller of H and W; `2^len(widths)·grid` or more.
         widths: channels of each stage, multiples of 8.
         grid: G; 1 for the mean over the picture.
-        first_kernel: height and width of the first stage's convolution, an odd number; the others' are 3.
         flatten: give (B, W·G²), with W the last width; false for (B, G², W), which `Encoder` pools, or keeps for late
             interaction.
         dropout: probability, of what comes out.
@@ -45,7 +48,6 @@ class ImageCNN(nn.Module):
         image_size: int = 32,
         widths: Sequence[int] = (64, 128, 256),
         grid: int = 4,
-        first_kernel: int = 3,
         flatten: bool = True,
         dropout: float = 0.0,
     ) -> None:
@@ -59,11 +61,8 @@ class ImageCNN(nn.Module):
                 f"image_size={image_size}: must be {2 ** len(widths) * grid} or more, for {len(widths)} stages that "
                 f"halve it and a grid of {grid}"
             )
-        if first_kernel < 1 or first_kernel % 2 == 0:
-            raise ValueError(f"first_kernel={first_kernel}: must be an odd number, 1 or more")
-        kernels = [first_kernel] + [3] * (len(widths) - 1)
-        stages = [_stage(*of_stage) for of_stage in zip([channels, *widths[:-1]], widths, kernels, strict=True)]
-        self.stages = nn.Sequential(*stages)
+        later = [_stage(into, width, stride=2) for into, width in pairwise(widths)]
+        self.stages = nn.Sequential(_stage(4 * channels, widths[0], stride=1), *later)
         self.grid = grid
         self.flatten = flatten
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -78,7 +77,9 @@ class ImageCNN(nn.Module):
 
     def _cells(self, images: Tensor) -> Tensor:
         """(B, F, G, G)."""
-        found: Tensor = self.stages(images - 0.5)
+        height, width = images.shape[-2:]
+        even = F.pad(images - 0.5, (0, width % 2, 0, height % 2))
+        found: Tensor = self.stages(F.pixel_unshuffle(even, 2))
         # What is of that size already need not be copied there and back.
         return found if found.shape[-2:] == (self.grid, self.grid) else F.adaptive_avg_pool2d(found, self.grid)
 
@@ -152,8 +153,8 @@ _GROUP = 8  # channels that are normalised together
 _AT_A_TIME = 128  # pictures, on a CPU
 
 
-def _stage(channels: int, width: int, kernel: int) -> nn.Module:
-    convolution = nn.Conv2d(channels, width, kernel, stride=2, padding=kernel // 2)
+def _stage(channels: int, width: int, stride: int) -> nn.Module:
+    convolution = nn.Conv2d(channels, width, 3, stride, padding=1)
     # Channels last in memory: forward and backward take 0.82 of the time on a CPU core.
     convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
     # Not GELU, whose backward pass alone takes a quarter of a training step there; in place, for a twentieth less.

@@ -9,6 +9,7 @@ limited setup', RepL4NLP 2021 (arXiv:2101.06983).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -57,8 +58,8 @@ class RetrievalTask(Task):
         gradient_cache_chunk_size: rows of a chunk.
         teacher: whose similarities are learnt as well; an encoder, or `Teacher` around one; None for no teacher.
         distillation: how; None for `Distillation()`.
-        eval_shift: pixels; in evaluation and prediction a picture's embedding is the mean of five, of the picture as it
-            is and moved so far to each side. 0 for one.
+        eval_shift: pixels, s; in evaluation and prediction a picture's embedding is the mean over (2s + 1)² copies, moved
+            by up to so many in both directions: of 25 for 2. 0 for one.
         eval_steps: optimizer steps between validations; 0 validates after each epoch.
         metrics: of evaluations, see `retrieval_metrics` for their names.
         optimizer: see `Task`.
@@ -304,10 +305,10 @@ class _Embedded:
 
 
 def shifted(pictures: Tensor, by: int) -> list[Tensor]:
-    """Pictures (B, C, H, W) as they are, and moved by so many pixels up, down, left and right; edges are repeated."""
+    """Pictures (B, C, H, W) moved by all numbers of pixels up to so many, in both directions; edges are repeated."""
     height, width = pictures.shape[-2:]
     wider = F.pad(pictures, (by, by, by, by), mode="replicate")
-    places = ((by, by), (2 * by, by), (0, by), (by, 2 * by), (by, 0))
+    places = product(range(2 * by + 1), repeat=2)
     return [wider[..., top : top + height, left : left + width] for top, left in places]
 
 

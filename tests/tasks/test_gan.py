@@ -406,6 +406,7 @@ def test_batches_without_pictures_or_classes_are_refused(batch, message, tmp_pat
 def test_the_default_run_makes_digits(tmp_path):
     main(["task=gan", "trainer=cpu", f"out_dir={tmp_path}", "callbacks.progress_bar=null"])
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
-    assert metrics["test/samples/judge_accuracy"] > 0.95
-    assert metrics["test/samples/frechet_distance"] < 8 * metrics["test/real/frechet_distance"]
+    assert metrics["test/samples/judge_accuracy"] > 0.93
+    assert metrics["test/samples/frechet_distance"] < 2.5 * metrics["test/real/frechet_distance"]
+    assert metrics["test/samples/recall"] > 0.6
     assert metrics["test/samples/class_coverage"] == 1

@@ -251,24 +251,28 @@ def test_widths_are_those_that_are_said():
 
 @pytest.mark.parametrize("grid", [2, 4], ids=["pooled", "as it is"])
 def test_pictures_in_parts_give_what_all_at_once_give(grid, monkeypatch):
-    """Against the layers one after another; the second grid is what the stages leave."""
+    """Against the layers one after another, the first with its kernel of 6×6; the second grid is what the stages leave."""
     torch.manual_seed(0)
-    network = ImageCNN(image_size=16, widths=(8, 16), grid=grid, first_kernel=5).double()
+    network = ImageCNN(image_size=16, widths=(8, 16), grid=grid).double()
     images = torch.rand(7, 1, 16, 16, dtype=torch.float64)
     hidden = images - 0.5
-    for convolution, norm, _ in network.stages:
-        hidden = norm(
-            torch.nn.functional.conv2d(hidden, convolution.weight, convolution.bias, 2, convolution.padding)
-        ).clamp(min=0)
+    for stage, (convolution, norm, _) in enumerate(network.stages):
+        kernel = convolution.weight if stage else torch.nn.functional.pixel_shuffle(convolution.weight, 2)
+        padding = (kernel.shape[-1] - 1) // 2
+        hidden = torch.nn.functional.conv2d(hidden, kernel, convolution.bias, 2, padding)
+        hidden = norm(hidden).clamp(min=0)
     means = torch.stack([part.mean((2, 3)) for row in hidden.chunk(grid, 2) for part in row.chunk(grid, 3)], 2)
     for at_a_time in (3, 128):
         monkeypatch.setattr("trainerkit.tasks.retrieval.pictures._AT_A_TIME", at_a_time)
         torch.testing.assert_close(network(images), means.flatten(1))
+    odd = images[..., :15, :13]
+    padded = torch.nn.functional.pad(odd, (0, 1, 0, 1), value=0.5)
+    assert torch.equal(network(odd), network(padded))
 
 
 @pytest.mark.parametrize(
     ("backbone", "number"),
-    [(ImageCNN(), 370_560), (ImageViT(), 803_712), (TextBag(1000), 129_000), (TextTransformer(1000), 532_992)],
+    [(ImageCNN(), 372_288), (ImageViT(), 803_712), (TextBag(1000), 129_000), (TextTransformer(1000), 532_992)],
     ids=lambda x: type(x).__name__,
 )
 def test_parameters_are_as_many_as_documented(backbone, number):
@@ -444,8 +448,6 @@ def test_a_batch_without_anything_to_embed_is_refused():
         (lambda: ImageCNN(widths=(64, 12)), r"widths=\[64, 12\]: must be multiples of 8"),
         (lambda: ImageCNN(widths=()), r"widths=\[\]: must be multiples of 8"),
         (lambda: ImageCNN(image_size=28), "image_size=28: must be 32 or more, for 3 stages"),
-        (lambda: ImageCNN(first_kernel=4), "first_kernel=4: must be an odd number"),
-        (lambda: ImageCNN(first_kernel=-1), "first_kernel=-1: must be an odd number"),
         (lambda: ImageCNN(dropout=1.0), "dropout=1.0: must be from 0 to below 1"),
         (lambda: ImageViT(image_size=30), "image_size=30: must be a multiple of patch_size=4"),
         (lambda: ImageViT(dim=10), "dim=10: must be a multiple of heads=4"),

@@ -1,5 +1,7 @@
 """task.eval_shift: embeddings of pictures are means over moved copies in evaluation, and only there."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -25,10 +27,10 @@ def batch():
 
 
 def naive(picture, by):
-    """The mean of five unit vectors, pixel by pixel."""
+    """The mean of all copies' unit vectors, pixel by pixel."""
     height, width = picture.shape
     found = []
-    for down, right in ((0, 0), (by, 0), (-by, 0), (0, by), (0, -by)):
+    for down, right in product(range(-by, by + 1), repeat=2):
         values = torch.tensor(
             [
                 float(picture[min(max(row + down, 0), height - 1), min(max(column + right, 0), width - 1)])
@@ -38,7 +40,7 @@ def naive(picture, by):
             dtype=torch.float64,
         )
         found.append(values / values.square().sum().sqrt())
-    return sum(found) / 5
+    return sum(found) / len(found)
 
 
 @pytest.mark.parametrize("by", [1, 3])
@@ -64,8 +66,9 @@ def test_copies_are_moved_and_keep_their_size():
     picture = torch.zeros(1, 1, 5, 5)
     picture[0, 0, 2, 2] = 1
     places = [tuple(copy[0, 0].nonzero()[0].tolist()) for copy in shifted(picture, 1)]
-    assert places == [(2, 2), (1, 2), (3, 2), (2, 1), (2, 3)]
-    assert all(copy.shape == picture.shape for copy in shifted(picture, 2))
+    assert sorted(places) == list(product((1, 2, 3), repeat=2))
+    assert [copy.shape for copy in shifted(picture, 2)] == [picture.shape] * 25
+    assert torch.equal(torch.stack(shifted(picture, 0)), picture[None])
 
 
 def test_a_shift_below_zero_is_refused():

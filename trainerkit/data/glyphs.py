@@ -133,7 +133,7 @@ class Glyphs(PairModule):
     # What tasks and callbacks read.
 
     query_mode = "separate"
-    eval_shift = 1  # pixel, for characters are small
+    eval_shift = 2  # pixels, for characters are small
 
     @property
     def codes(self) -> list[int]:
