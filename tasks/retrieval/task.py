@@ -58,8 +58,8 @@ class RetrievalTask(Task):
         gradient_cache_chunk_size: rows of a chunk.
         teacher: whose similarities are learnt as well; an encoder, or `Teacher` around one; None for no teacher.
         distillation: how; None for `Distillation()`.
-        eval_shift: pixels, s; in evaluation and prediction a picture's embedding is the mean over (2s + 1)² copies, moved
-            by up to so many in both directions: of 25 for 2. 0 for one.
+        eval_shift: pixels, s; in evaluation and prediction a picture's embedding is the mean over (2s + 1)² copies,
+            moved by up to so many in both directions: of 25 for 2. 0 for one.
         eval_steps: optimizer steps between validations; 0 validates after each epoch.
         metrics: of evaluations, see `retrieval_metrics` for their names.
         optimizer: see `Task`.
